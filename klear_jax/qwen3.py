@@ -1,0 +1,412 @@
+"""Qwen3, and Llama by config: a parameter table, one layer, and the ways to run it.
+
+Parameters are nested dicts with the layers stacked on axis 0:
+    {'embed': [V, D], 'layers': {'wq': [L, D, N, H], ...}, 'final_norm': [D], 'lm_head': [V, D]}
+`param_table` describes each once (shape, logical axes, initialisation, Hugging Face
+name), and serves initialisation, sharding, hf_weights and checkpoints.
+
+Training, scoring and sampling call the same `layer`; only what `attend` does, and the
+loop over layers, differ. Shape letters: WORKSPACE.md.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from klear_jax.attention import attention
+from klear_jax.errors import InputError
+from klear_jax.sharding import Layout, constrain
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """RoPE scaling for contexts beyond the trained ones (arXiv 2309.00071, as HF's)."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float = 32.0  # Dimensions that turn more often over the context stay.
+    beta_slow: float = 1.0  # Those that turn less often are interpolated fully.
+    attention_factor: float | None = None  # On cos and sin; None: 0.1 ln(factor) + 1.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An architecture. Widths in units, positions in tokens."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool  # The head is the embedding.
+    qk_norm: bool  # True: Qwen3. False: Llama.
+    max_positions: int
+    yarn: Yarn | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and value <= 0
+            ):
+                raise InputError(f"model.{field.name} must be positive, not {value}")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"model.num_heads ({self.num_heads}) must be a multiple of "
+                f"model.num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(
+                f"model.head_dim must be even for RoPE, not {self.head_dim}"
+            )
+
+
+def _qwen3(width, num_layers, num_heads, mlp_width, tied):
+    """Published sizes share all but these (their config.json files)."""
+    return Config(
+        vocab_size=151936,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=mlp_width,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tied=tied,
+        qk_norm=True,
+        max_positions=40960,
+    )
+
+
+PRESETS = {
+    "qwen3_0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3_1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3_4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3_8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "qwen3_14b": _qwen3(5120, 40, 40, 17408, tied=False),
+    "qwen3_32b": _qwen3(5120, 64, 64, 25600, tied=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """What is to know of one parameter, before it exists.
+
+    A Hugging Face tensor (of one layer) has shape `hf_shape`; linear weights lie there
+    as [out, in]. Ours is `hf.reshape(hf_dims).transpose(hf_perm)`.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # Logical, for `sharding.Layout`.
+    init_std: float | None  # Standard deviation of a normal; None: ones.
+    hf_name: str  # With {} for the layer, where there is one.
+    hf_shape: tuple[int, ...]
+    hf_dims: tuple[int, ...]
+    hf_perm: tuple[int, ...]
+
+
+def param_table(config: Config) -> Params:
+    """The tree of all parameters, as `Param`s.
+
+    Matrices start with variance 1/fan-in, the embedding with 0.02, norms with 1.
+    """
+    c = config
+    L, D, V, F = c.num_layers, c.width, c.vocab_size, c.mlp_width
+    N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
+
+    def top(name, shape, axes, init_std):
+        return Param(
+            shape, axes, init_std, name, shape, shape, tuple(range(len(shape)))
+        )
+
+    def norm(name, axis, size):
+        name = f"model.layers.{{}}.{name}.weight"
+        return Param((L, size), ("layers", axis), None, name, (size,), (size,), (0,))
+
+    def matrix(name, ins, outs):
+        """`ins` and `outs` are {axis: size}; ours is [L, *ins, *outs], HF's [outs, ins]."""
+        shape, axes = (*ins.values(), *outs.values()), (*ins, *outs)
+        i, o = len(ins), len(outs)
+        return Param(
+            shape=(L, *shape),
+            axes=("layers", *axes),
+            init_std=math.prod(ins.values()) ** -0.5,
+            hf_name=f"model.layers.{{}}.{name}.weight",
+            hf_shape=(math.prod(outs.values()), math.prod(ins.values())),
+            hf_dims=(*outs.values(), *ins.values()),
+            hf_perm=(*range(o, o + i), *range(o)),
+        )
+
+    layers = {
+        "attn_norm": norm("input_layernorm", "norm", D),
+        "wq": matrix("self_attn.q_proj", {"embed": D}, {"heads": N, "head_dim": H}),
+        "wk": matrix("self_attn.k_proj", {"embed": D}, {"kv_heads": K, "head_dim": H}),
+        "wv": matrix("self_attn.v_proj", {"embed": D}, {"kv_heads": K, "head_dim": H}),
+        "wo": matrix("self_attn.o_proj", {"heads": N, "head_dim": H}, {"embed": D}),
+        "mlp_norm": norm("post_attention_layernorm", "norm", D),
+        "w_gate": matrix("mlp.gate_proj", {"embed": D}, {"mlp": F}),
+        "w_up": matrix("mlp.up_proj", {"embed": D}, {"mlp": F}),
+        "w_down": matrix("mlp.down_proj", {"mlp": F}, {"embed": D}),
+    }
+    if c.qk_norm:
+        layers["q_norm"] = norm("self_attn.q_norm", "head_dim", H)
+        layers["k_norm"] = norm("self_attn.k_norm", "head_dim", H)
+    table = {
+        "embed": top("model.embed_tokens.weight", (V, D), ("vocab", "embed"), 0.02),
+        "layers": layers,
+        "final_norm": top("model.norm.weight", (D,), ("norm",), None),
+    }
+    if not c.tied:
+        table["lm_head"] = top("lm_head.weight", (V, D), ("vocab", "embed"), D**-0.5)
+    return table
+
+
+def init_params(config: Config, key: jax.Array) -> Params:
+    """Random float32 parameters; each depends on its own name and `key` only."""
+
+    def init(path, param):
+        if param.init_std is None:
+            return jnp.ones(param.shape, jnp.float32)
+        name = jax.tree_util.keystr(path).encode()
+        own_key = jax.random.fold_in(key, zlib.crc32(name) & 0x7FFFFFFF)
+        return param.init_std * jax.random.normal(own_key, param.shape, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(init, param_table(config))
+
+
+def params_shardings(config: Config, layout: Layout) -> Params:
+    """The parameters' tree of NamedShardings; a mesh that cannot split a size raises."""
+
+    def sharding(param):
+        for size, axis in zip(param.shape, param.axes, strict=True):
+            if axis is not None and size % layout.shards(axis):
+                raise InputError(
+                    f"{param.hf_name}: its {axis!r} axis of {size} cannot be split into "
+                    f"{layout.shards(axis)} equal parts; make mesh axes {layout.rules[axis]} "
+                    f"a divisor of {size}"
+                )
+        return layout.sharding(*param.axes)
+
+    return jax.tree.map(sharding, param_table(config))
+
+
+def head_weight(params: Params) -> jax.Array:
+    """[V, D]: the output head, which in a tied model is the embedding."""
+    return params["lm_head"] if "lm_head" in params else params["embed"]
+
+
+def rope_table(config: Config) -> tuple[np.ndarray, float]:
+    """The angle per position of each pair of dimensions, [H/2], and the factor on cos
+    and sin. Computed in float64, as angles at 64K positions need it."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    angle = config.rope_theta**-half
+    yarn = config.yarn
+    if yarn is None:
+        return angle, 1.0
+
+    def dim_of(turns):
+        """The dimension that makes `turns` full turns over the original context."""
+        wavelengths = yarn.original_max_positions / (turns * 2 * math.pi)
+        return (
+            config.head_dim * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+        )
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), config.head_dim - 1)
+    ramp = (np.arange(config.head_dim // 2) - low) / max(high - low, 0.001)
+    interpolated = np.clip(ramp, 0, 1)
+    angle = angle * (1 - interpolated) + angle / yarn.factor * interpolated
+    default = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    return angle, default if yarn.attention_factor is None else yarn.attention_factor
+
+
+def rope_angles(config: Config, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of RoPE, each [B, T, H/2] float32."""
+    angle, factor = rope_table(config)
+    angle_BTH = (
+        positions_BT[..., None].astype(jnp.float32)
+        * angle.astype(np.float32)[None, None]
+    )
+    return jnp.cos(angle_BTH) * factor, jnp.sin(angle_BTH) * factor
+
+
+def _rotate(x_BTNH, rope):
+    """Turns dimension i together with i + H/2, in float32."""
+    cos_BT1H, sin_BT1H = (part[:, :, None] for part in rope)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate(
+        [a * cos_BT1H - b * sin_BT1H, b * cos_BT1H + a * sin_BT1H], axis=-1
+    )
+    return turned.astype(x_BTNH.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis in float32, back in x's dtype, times scale."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(
+        (1,) * (x.ndim - 1) + (-1,)
+    )
+
+
+# attend(q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, anything), after RoPE.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def layer(
+    x_BTD: jax.Array,
+    weights: Params,
+    config: Config,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, Any]:
+    """One transformer layer, for every use; `attend` decides what the queries see.
+
+    Args:
+        x_BTD: the residual stream; its dtype is the dtype of the computation.
+        weights: this layer's slice of params['layers'], in any float dtype.
+        rope: from `rope_angles`.
+        attend: attention, and whatever cache it keeps.
+
+    Returns:
+        The residual stream, and the second result of `attend`.
+    """
+    w = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights)
+    x_BTD = constrain(x_BTD, layout, "batch", "seq", None)
+    h_BTD = rms_norm(x_BTD, w["attn_norm"], config.norm_eps)
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, w["wq"])
+    k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, w["wk"])
+    v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, w["wv"])
+    if config.qk_norm:
+        q_BTNH = rms_norm(q_BTNH, w["q_norm"], config.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, w["k_norm"], config.norm_eps)
+    out_BTNH, kept = attend(_rotate(q_BTNH, rope), _rotate(k_BTKH, rope), v_BTKH)
+    x_BTD += jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["wo"])
+
+    h_BTD = rms_norm(x_BTD, w["mlp_norm"], config.norm_eps)
+    gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", h_BTD, w["w_gate"]))
+    up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, w["w_up"])
+    x_BTD += jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, w["w_down"])
+    # Between layers, where the backward pass keeps it, the stream is split further.
+    return constrain(x_BTD, layout, "batch", "seq", "residual"), kept
+
+
+def forward(
+    params: Params,
+    config: Config,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    layout: Layout | None = None,
+    dtype: jnp.dtype | None = None,
+    remat: bool = False,
+    return_kv: bool = False,
+) -> Any:
+    """All layers over whole rows: training, scoring, prefill.
+
+    Args:
+        tokens_BT: token ids.
+        positions_BT: RoPE positions; default: a token's rank within its segment.
+        segment_ids_BT: 0 is padding, other numbers are sequences that do not see each
+            other; default: every row is one sequence.
+        layout: how activations are split; None on one device.
+        dtype: of the activations; None: the parameters' own.
+        remat: keep only the stream between layers for the backward pass.
+        return_kv: also return keys and values.
+
+    Returns:
+        hidden_BTD after the final norm, before the head; with `return_kv`, also
+        (k_LBTKH, v_LBTKH).
+    """
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(tokens_BT)
+    if positions_BT is None:
+        positions_BT = ranks_in_segment(segment_ids_BT)
+    x_BTD = embed(params, tokens_BT, dtype)
+    rope = rope_angles(config, positions_BT)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH):
+        q_BTNH = constrain(q_BTNH, layout, "batch", "seq", "heads", None)
+        k_BTKH = constrain(k_BTKH, layout, "batch", "seq", "kv_heads", None)
+        v_BTKH = constrain(v_BTKH, layout, "batch", "seq", "kv_heads", None)
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return out_BTNH, (k_BTKH, v_BTKH) if return_kv else None
+
+    def body(x_BTD, weights):
+        return layer(x_BTD, weights, config, rope, attend, layout)
+
+    x_BTD, kv = jax.lax.scan(
+        jax.checkpoint(body) if remat else body, x_BTD, params["layers"]
+    )
+    hidden_BTD = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+    return (hidden_BTD, kv) if return_kv else hidden_BTD
+
+
+def embed(
+    params: Params, tokens_BT: jax.Array, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    x_BTD = params["embed"][tokens_BT]
+    return x_BTD if dtype is None else x_BTD.astype(dtype)
+
+
+def decode(
+    params: Params,
+    config: Config,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    attend_layers: list[Attend],
+    *,
+    dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, list[Any]]:
+    """One token a row through all layers, unrolled: on CPU, where a scan would copy the
+    cache, this is four times faster.
+
+    Args:
+        tokens_B, positions_B: the last token of each row, and its position.
+        attend_layers: per layer, how its query meets its cache.
+
+    Returns:
+        hidden_BD after the final norm, and what each layer's `attend` returned.
+    """
+    x_BTD = embed(params, tokens_B[:, None], dtype)
+    rope = rope_angles(config, positions_B[:, None])
+    kept = []
+    for i, attend in enumerate(attend_layers):
+        weights = jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"])
+        x_BTD, kept_i = layer(x_BTD, weights, config, rope, attend)
+        kept.append(kept_i)
+    return rms_norm(x_BTD, params["final_norm"], config.norm_eps)[:, 0], kept
+
+
+def ranks_in_segment(segment_ids_BT: jax.Array) -> jax.Array:
+    """How many earlier tokens of the row share the segment, [B, T] int32.
+
+    Segments may be split, by padding in the middle of a row for instance.
+    """
+
+    def ranks(segment_T):
+        order_T = jnp.argsort(segment_T, stable=True)
+        sorted_T = segment_T[order_T]
+        rank_T = jnp.arange(len(sorted_T)) - jnp.searchsorted(
+            sorted_T, sorted_T, side="left"
+        )
+        return jnp.zeros_like(rank_T).at[order_T].set(rank_T).astype(jnp.int32)
+
+    return jax.vmap(ranks)(segment_ids_BT)

@@ -1,0 +1,123 @@
+"""Where arrays live: logical axis names -> mesh axes.
+
+The model names the axes of every array; the rules of a `Layout` say on which axes of the
+mesh they lie. A new layout is a new table in a config, never an edit to the model. No
+other file says PartitionSpec.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from klear_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes, and on which of them each logical axis lies."""
+
+    data: int  # Replicas of the train state; over DCN on several slices.
+    fsdp: int  # Shards of batch and train state (ZeRO-3).
+    tensor: int  # Shards of heads, MLP and vocabulary. One size may be -1: all that is left.
+    rules: Rules  # Logical axis -> mesh axes, () for not split.
+
+    def __post_init__(self):
+        for axis, names in self.rules.items():
+            if unknown := set(names) - set(MESH_AXES):
+                raise InputError(
+                    f"mesh.rules.{axis} names {sorted(unknown)}: the mesh axes are {MESH_AXES}"
+                )
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (or of those given), axes (data, fsdp, tensor).
+
+    The axes are Auto: the compiler propagates shardings from jit's in and out shardings
+    and our constraints, which is what pjit did.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise InputError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {config.data} x {config.fsdp} x "
+            f"{config.tensor} does not make the {len(devices)} devices there are "
+            "(one of the three may be -1, for all that is left)"
+        )
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules for it. Passed explicitly; there is no global mesh."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """('batch', 'seq') -> PartitionSpec(('data', 'fsdp'), None)."""
+        if unknown := {a for a in axes if a is not None} - set(self.rules):
+            raise InputError(f"mesh.rules lacks the axes {sorted(unknown)} of {axes}")
+        parts = [() if a is None else tuple(self.rules[a]) for a in axes]
+        used = [name for part in parts for name in part]
+        if len(used) != len(set(used)):
+            raise InputError(
+                f"mesh.rules puts two of the axes {axes} on one mesh axis: {parts}"
+            )
+        return PartitionSpec(*(part or None for part in parts))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def shards(self, axis: str) -> int:
+        """Into how many parts a logical axis is split."""
+        return math.prod(self.mesh.shape[name] for name in self.rules[axis])
+
+
+def constrain(x: jax.Array, layout: Layout | None, *axes: str | None) -> jax.Array:
+    """Pins an activation inside jit; without a layout there is one device and no pin."""
+    if layout is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(*axes))
+
+
+def like_params(tree: Any, params_shardings: Any, layout: Layout) -> Any:
+    """Shardings for a tree that holds copies of the parameters (a train state).
+
+    An optimizer's moments carry the path of their parameter as the end of their own
+    path, and get its sharding; everything else (counters) is replicated.
+
+    Args:
+        tree: abstract or real arrays.
+        params_shardings: the parameters' tree, of NamedShardings.
+    """
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params_shardings))
+
+    def find(path, leaf):
+        for start in range(len(path)):
+            if leaf.ndim and path[start:] in by_path:
+                return by_path[path[start:]]
+        return layout.sharding()
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Host arrays -> device arrays; on several hosts each holds the whole array."""
+
+    def put_one(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put_one, tree, shardings)
