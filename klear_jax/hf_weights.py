@@ -5,6 +5,7 @@ much, too little or in another shape is one error that lists it.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -60,6 +61,8 @@ def save(path: str | epath.Path, params: qwen3.Params, config: qwen3.Config) -> 
     """Writes a model folder that `load` and transformers read, in the parameters' dtype."""
     path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    for old in path.glob("model*.safetensors*"):
+        old.unlink()  # An index or shard of another model would be read with this one.
     shards: list[dict[str, np.ndarray]] = [{}]
     size = total = 0
     for name, tensor in _hf_tensors(params, config):
@@ -84,6 +87,13 @@ def save(path: str | epath.Path, params: qwen3.Params, config: qwen3.Config) -> 
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_config(path: epath.Path, config: qwen3.Config, dtype: str) -> None:
+    """Writes config.json; `dtype` is what it says of the weights."""
+    (path / "config.json").write_text(
+        json.dumps(_hf_config(config, dtype), indent=2) + "\n"
+    )
+
+
 def read_json(file: epath.Path) -> Any:
     """A JSON file, or an InputError that names it."""
     try:
@@ -98,11 +108,9 @@ def read_config(path: str | epath.Path) -> qwen3.Config:
     """The architecture in a folder's config.json."""
     file = epath.Path(path) / "config.json"
     hf = read_json(file)
-
-    def need(key):
-        if key not in hf:
-            raise InputError(f"{file} lacks {key!r}")
-        return hf[key]
+    if not isinstance(hf, dict):
+        raise InputError(f"{file} is not a JSON object")
+    need = functools.partial(_field, file, hf)
 
     def supported(key, *values):
         if hf.get(key, values[0]) not in values:
@@ -117,21 +125,43 @@ def read_config(path: str | epath.Path) -> qwen3.Config:
     supported("quantization_config", None)
     theta, yarn = _read_rope(hf, file)
     heads, width = need("num_attention_heads"), need("hidden_size")
-    return qwen3.Config(
-        vocab_size=need("vocab_size"),
-        width=width,
-        num_layers=need("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or width // heads,
-        mlp_width=need("intermediate_size"),
-        rope_theta=theta,
-        norm_eps=need("rms_norm_eps"),
-        tied=hf.get("tie_word_embeddings", False),
-        qk_norm=need("model_type") == "qwen3",
-        max_positions=need("max_position_embeddings"),
-        yarn=yarn,
-    )
+    fields = {
+        "vocab_size": need("vocab_size"),
+        "width": width,
+        "num_layers": need("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": need("num_key_value_heads", default=heads),
+        "head_dim": need("head_dim", default=width // heads),
+        "mlp_width": need("intermediate_size"),
+        "rope_theta": theta,
+        "norm_eps": need("rms_norm_eps", float),
+        "tied": need("tie_word_embeddings", bool, default=False),
+        "qk_norm": need("model_type", str) == "qwen3",
+        "max_positions": need("max_position_embeddings"),
+        "yarn": yarn,
+    }
+    try:
+        return qwen3.Config(**fields)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def _field(
+    file: epath.Path,
+    hf: Mapping[str, Any],
+    key: str,
+    kind: type = int,
+    default: Any = None,
+) -> Any:
+    """A value of a config: of this type, positive if a number, there unless defaulted."""
+    value = default if hf.get(key) is None else hf[key]
+    if value is None:
+        raise InputError(f"{file} lacks {key!r}")
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits or (kind in (int, float) and value <= 0):
+        positive = "positive " if kind in (int, float) else ""
+        raise InputError(f"{file}: {key} = {value!r} is no {positive}{kind.__name__}")
+    return value
 
 
 def _read_rope(
@@ -139,11 +169,9 @@ def _read_rope(
 ) -> tuple[float, qwen3.Yarn | None]:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", hf.get("rope_theta"))
-    if theta is None:
-        raise InputError(
-            f"{file} lacks 'rope_theta', at the top or in 'rope_parameters'"
-        )
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: RoPE scaling {rope!r} is not a JSON object")
+    theta = _field(file, {**hf, **rope}, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -155,18 +183,22 @@ def _read_rope(
         "original_max_position_embeddings",
     }
     known |= {"beta_fast", "beta_slow", "attention_factor"}
-    if kind != "yarn" or "factor" not in rope or not set(rope) <= known:
+    if kind != "yarn" or not set(rope) <= known:
         raise InputError(
-            f"{file}: RoPE scaling {rope} is not supported, only 'default' and 'yarn' with "
-            f"a factor and any of {sorted(known)}"
+            f"{file}: RoPE scaling {rope} is not supported, only 'default' and 'yarn' of "
+            f"{sorted(known)}"
         )
+    need = functools.partial(_field, file, rope)
+    scaled = rope.get("attention_factor") is not None
     return theta, qwen3.Yarn(
-        factor=rope["factor"],
-        original_max_positions=rope.get("original_max_position_embeddings")
-        or hf["max_position_embeddings"],
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
-        attention_factor=rope.get("attention_factor"),
+        factor=need("factor", float),
+        original_max_positions=need(
+            "original_max_position_embeddings",
+            default=_field(file, hf, "max_position_embeddings"),
+        ),
+        beta_fast=need("beta_fast", float, 32.0),
+        beta_slow=need("beta_slow", float, 1.0),
+        attention_factor=need("attention_factor", float) if scaled else None,
     )
 
 
@@ -207,7 +239,10 @@ def _hf_config(config: qwen3.Config, dtype: str) -> dict[str, Any]:
 def _open_tensors(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Tensor name -> the open file it lies in."""
     if (path / INDEX).exists():
-        files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+        try:
+            files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{path / INDEX} has no 'weight_map' of names") from None
         if outside := [file for file in files if epath.Path(file).name != file]:
             raise InputError(
                 f"{path / INDEX} names files outside its folder: {outside}"

@@ -89,7 +89,7 @@ def gradient_preserving_clip(
         v, shaped as `log_ratio`, float32.
     """
     low, high, log_low, log_high = _bounds(clip_low, clip_high)
-    x = log_ratio.astype(jnp.float32)
+    x = jnp.asarray(log_ratio, jnp.float32)
     ratio = jnp.exp(jnp.minimum(x, log_high))
     value = jnp.where(x < log_low, beta_low * low, ratio)
     value = jnp.where(x > log_high, beta_high * high, value)
@@ -191,6 +191,7 @@ def policy_loss(
         )
     low, high, log_low, log_high = _bounds(clip_low, clip_high)
 
+    weight_BT = jax.lax.stop_gradient(weight_BT)
     real_BT = weight_BT != 0
     logp_BT, old_logp_BT, advantage_BT = (
         jnp.where(real_BT, x, 0.0).astype(jnp.float32)

@@ -46,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+        sizes[sizes.index(-1)] = len(devices) // max(-math.prod(sizes), 1)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise InputError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {config.data} x {config.fsdp} x "
@@ -114,10 +114,20 @@ def like_params(tree: Any, params_shardings: Any, layout: Layout) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Host arrays -> device arrays; on several hosts each holds the whole array."""
+    """Host arrays -> device arrays; on several hosts each holds the whole array.
 
-    def put_one(x, sharding):
-        x = np.asarray(x)
+    Args:
+        tree: numpy arrays.
+        shardings: a tree of NamedShardings like it, or one for all.
+    """
+
+    def put_one(sharding, x):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put_one, tree, shardings)
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(
+            lambda x: put_one(sharding, np.asarray(x)), part
+        ),
+        shardings,
+        tree,
+    )

@@ -1,0 +1,175 @@
+"""Checkpoints of a run, and models from wherever they lie. The only file that knows orbax.
+
+One checkpoint holds parameters, optimizer and step, and the position in the data; all
+randomness is a function of the seed and the step. It is named by the steps of the loop
+that are done.
+"""
+
+import dataclasses
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from klear_jax import hf_weights, qwen3, steps
+from klear_jax.errors import InputError
+from klear_jax.sharding import Layout, put
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int  # Steps of the loop between checkpoints; the last step is always saved.
+    keep: int  # Newest ones kept.
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1:
+            raise InputError("checkpoint.every and checkpoint.keep must be at least 1")
+
+
+class Checkpoints:
+    """The checkpoints of a workdir: written in the background, each whole or not there."""
+
+    def __init__(self, workdir: str | epath.Path, config: CheckpointConfig):
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir).absolute() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep, enable_async_checkpointing=True
+            ),
+        )
+        self._every = config.every
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that the newest checkpoint holds; 0 without one."""
+        return self._manager.latest_step() or 0
+
+    def due(self, steps_done: int) -> bool:
+        return steps_done % self._every == 0
+
+    def save(
+        self, steps_done: int, state: steps.TrainState, data: grain.DatasetIterator
+    ) -> None:
+        """Returns once the state is copied; writing goes on behind."""
+        self._manager.save(
+            steps_done,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
+                data=grain.checkpoint.CheckpointSave(data),
+            ),
+        )
+
+    def restore(
+        self, abstract: steps.TrainState, data: grain.DatasetIterator
+    ) -> steps.TrainState:
+        """The newest state, placed as `abstract` says; moves `data` to its position."""
+        restored = self._manager.restore(
+            self.steps_done,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                optimizer=ocp.args.StandardRestore(_optimizer_tree(abstract)),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+        return steps.TrainState(params=restored.params, **restored.optimizer)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _optimizer_tree(state: steps.TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def train_state(
+    checkpoints: Checkpoints,
+    data: grain.DatasetIterator,
+    *,
+    init_from: str,
+    config: qwen3.Config,
+    key: jax.Array,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+) -> tuple[steps.TrainState, steps.TrainState]:
+    """Where a run begins: its newest checkpoint, or a given model, or random parameters.
+
+    Args:
+        data: moved to where the checkpoint was.
+        init_from: see `load_model`; '' for random parameters from `key`.
+
+    Returns:
+        The state and the tree of its shardings.
+    """
+    params_shardings = qwen3.params_shardings(config, layout)
+    abstract = jax.eval_shape(
+        lambda: steps.init_state(qwen3.init_params(config, jax.random.key(0)), tx)
+    )
+    shardings = steps.state_shardings(abstract, params_shardings, layout)
+    if checkpoints.steps_done:
+        place = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding
+            ),
+            abstract,
+            shardings,
+        )
+        return checkpoints.restore(place, data), shardings
+    if init_from:
+        params, found = load_model(init_from)
+        if found != config:
+            raise InputError(
+                f"init_from={init_from} holds {found}, but config.model says {config}"
+            )
+        params = put(params, params_shardings)
+    else:
+        params = jax.jit(
+            lambda key: qwen3.init_params(config, key), out_shardings=params_shardings
+        )(key)
+    init = jax.jit(lambda params: steps.init_state(params, tx), out_shardings=shardings)
+    return init(params), shardings
+
+
+def model_folder(path: str | epath.Path) -> epath.Path:
+    """Where config.json and the tokenizer of a Hugging Face folder or a workdir lie."""
+    path = epath.Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "config.json").exists() and (
+            folder != path or not is_workdir(path)
+        ):
+            return folder
+    raise InputError(
+        f"{path} is neither a Hugging Face folder nor the workdir of a run"
+    )
+
+
+def is_workdir(path: str | epath.Path) -> bool:
+    return (epath.Path(path) / "checkpoints").exists()
+
+
+def load_model(path: str | epath.Path) -> tuple[qwen3.Params, qwen3.Config]:
+    """float32 parameters in host memory, and their architecture.
+
+    Args:
+        path: a Hugging Face folder, or a workdir, of which the newest checkpoint is read.
+    """
+    path = epath.Path(path)
+    if not is_workdir(path):
+        return hf_weights.load(model_folder(path), dtype=jnp.float32)
+    config = hf_weights.read_config(model_folder(path))
+    abstract = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
+    with ocp.CheckpointManager(path.absolute() / "checkpoints") as manager:
+        if manager.latest_step() is None:
+            raise InputError(f"{path} has no finished checkpoint")
+        restored = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
+        )
+    return jax.device_get(restored.params), config

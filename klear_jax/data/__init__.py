@@ -1,0 +1,1 @@
+"""The data's way to the loops: problems, TFDS data sets, examples, batches."""

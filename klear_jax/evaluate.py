@@ -1,0 +1,231 @@
+"""Accuracy of a model on problems with answers: avg@n, pass@k, greedy, with intervals.
+
+    python -m klear_jax.evaluate --config=configs/gppo_tiny.py --workdir=runs/gppo_tiny
+
+evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
+another workdir) as the config's section `evaluation` says, prints the result as JSON and
+writes it to --output, by default evaluation.json in the workdir.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from klear_jax import checkpoint, config, qwen3, rollout, sampler, tokens
+from klear_jax.data.batches import all_prompts
+from klear_jax.data.examples import read_examples
+from klear_jax.errors import InputError
+from klear_jax.rewards.pool import Pool
+from klear_jax.sharding import Layout, MeshConfig, make_mesh, put
+
+BOOTSTRAP = 10_000  # Resamples of the problems for an interval.
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """On what, and how, a model is evaluated."""
+
+    data: str  # A TFDS version folder or a JSON lines file.
+    split: str
+    num_problems: int  # The first ones of the split; 0: all.
+    num_samples: int  # n: samples a problem. 0: greedy only.
+    temperature: float
+    top_p: float
+    top_k: int
+    greedy: bool  # Also one greedy answer a problem.
+    max_prompt_tokens: int
+    max_new_tokens: int
+    num_slots: int
+    seed: int
+    every: int  # Steps of training between evaluations; 0: never.
+
+    def __post_init__(self):
+        for name in ("num_problems", "num_samples", "every"):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"evaluation.{name} must not be negative: {getattr(self, name)}"
+                )
+        if not self.num_samples and not self.greedy:
+            raise InputError(
+                "evaluation asks for nothing: num_samples is 0 and greedy is False"
+            )
+        sampler.Sampling(self.temperature, self.top_p, self.top_k)
+
+    def due(self, steps_done: int) -> bool:
+        return self.every > 0 and steps_done % self.every == 0
+
+
+def load_problems(
+    config: EvaluationConfig, tokenizer: tokens.Tokenizer
+) -> dict[str, list[Any]]:
+    """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`."""
+    examples = read_examples(config.data, config.split)
+    return all_prompts(
+        examples[: config.num_problems or None],
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+    )
+
+
+def evaluate(
+    params: qwen3.Params,
+    model: qwen3.Config,
+    problems: Mapping[str, Sequence[Any]],
+    tokenizer: tokens.Tokenizer,
+    pool: Pool,
+    rewards: rollout.RewardConfig,
+    config: EvaluationConfig,
+    *,
+    dtype: jnp.dtype,
+) -> tuple[dict[str, float], list[rollout.Rollout]]:
+    """Samples, scores and sums up.
+
+    Returns:
+        Metrics, and the rollouts behind them (sampled, then greedy). With n samples:
+        `avg@n` with `avg@n_low`, `avg@n_high` (95% bootstrap over problems), `pass@k` for
+        k = 1, 2, 4 .. n (unbiased), `accuracy` (the same as avg@n), `length`, `finished`;
+        `greedy` with its interval. A sample is right if its reward is full credit.
+    """
+
+    def correct(num_samples, **sampling):
+        collected = rollout.collect(
+            params,
+            model,
+            problems,
+            tokenizer,
+            pool,
+            rewards,
+            num_samples=num_samples,
+            key=jax.random.key(config.seed),
+            max_new_tokens=config.max_new_tokens,
+            num_slots=config.num_slots,
+            dtype=dtype,
+            **sampling,
+        )
+        rollouts.append(collected)
+        right = collected.reward_B == rewards.full_credit
+        return right.reshape(-1, num_samples)
+
+    metrics: dict[str, float] = {"problems": len(problems["tokens"])}
+    rollouts: list[rollout.Rollout] = []
+    if n := config.num_samples:
+        correct_PN = correct(
+            n, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k
+        )
+        metrics |= interval(f"avg@{n}", correct_PN.mean(axis=1))
+        ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+        metrics |= {f"pass@{k}": float(pass_at_k(correct_PN, k).mean()) for k in ks}
+        metrics["length"] = float(np.mean([len(s.tokens) for s in rollouts[0].samples]))
+        metrics["finished"] = float(np.mean([s.finished for s in rollouts[0].samples]))
+    if config.greedy:
+        metrics |= interval("greedy", correct(1, temperature=0.0)[:, 0])
+    metrics["accuracy"] = metrics[f"avg@{n}" if n else "greedy"]
+    failed = [sum(o.status == "error" for o in r.outcomes) for r in rollouts]
+    metrics["scoring_errors"] = sum(failed)
+    return metrics, rollouts
+
+
+def during_training(
+    params: qwen3.Params,
+    problems: Mapping[str, Sequence[Any]],
+    tokenizer: tokens.Tokenizer,
+    pool: Pool,
+    config: Any,
+) -> dict[str, float]:
+    """`evaluate` as the section `evaluation` of an SFT or GPPO config says; names eval/..."""
+    metrics, _ = evaluate(
+        params,
+        config.model,
+        problems,
+        tokenizer,
+        pool,
+        config.rewards,
+        config.evaluation,
+        dtype=jnp.dtype(config.dtype),
+    )
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def pass_at_k(correct_PN: np.ndarray, k: int) -> np.ndarray:
+    """The chance that k of a problem's n samples hold a right one, unbiased, [P].
+
+    1 - C(n - c, k) / C(n, k) with c right ones (arXiv 2107.03374, Eq. 1).
+    """
+    n = correct_PN.shape[1]
+    right_P = correct_PN.sum(axis=1)
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right_P])
+
+
+def interval(name: str, value_P: np.ndarray) -> dict[str, float]:
+    """The mean over problems and its 95% bootstrap interval: name, name_low, name_high."""
+    rng = np.random.default_rng(0)
+    num = len(value_P)
+    means = [value_P[rng.integers(num, size=num)].mean() for _ in range(BOOTSTRAP)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {
+        name: float(value_P.mean()),
+        f"{name}_low": float(low),
+        f"{name}_high": float(high),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandConfig:
+    """The keys of a training config that this command reads."""
+
+    dtype: str
+    mesh: MeshConfig
+    rewards: rollout.RewardConfig
+    evaluation: EvaluationConfig
+
+
+def main(argv: list[str]) -> None:
+    texts = {
+        "workdir": "Evaluate its newest checkpoint, and write evaluation.json there.",
+        "model": "Evaluate this Hugging Face folder or workdir instead.",
+        "output": "Write the result there instead.",
+    }
+    flags = config.parse_flags(argv, __doc__, texts)
+    path = flags.model or flags.workdir
+    output = flags.output or (
+        flags.workdir and epath.Path(flags.workdir) / "evaluation.json"
+    )
+    if path is None:
+        raise InputError("name what to evaluate: --workdir=DIR or --model=DIR")
+    names = {field.name for field in dataclasses.fields(CommandConfig)}
+    values = {
+        key: value for key, value in flags.config.to_dict().items() if key in names
+    }
+    c = config.build(CommandConfig, values)
+
+    tokenizer = tokens.load(checkpoint.model_folder(path))
+    problems = load_problems(c.evaluation, tokenizer)
+    params, model = checkpoint.load_model(path)
+    layout = Layout(make_mesh(c.mesh), c.mesh.rules)
+    params = put(params, qwen3.params_shardings(model, layout))
+    with rollout.make_pool(c.rewards) as pool:
+        metrics, _ = evaluate(
+            params,
+            model,
+            problems,
+            tokenizer,
+            pool,
+            c.rewards,
+            c.evaluation,
+            dtype=jnp.dtype(c.dtype),
+        )
+    text = json.dumps(metrics, indent=2)
+    print(text)
+    if output:
+        epath.Path(output).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    config.run_main(main)

@@ -1,0 +1,307 @@
+"""GPPO: sample, score, learn; group-relative, with the clip that keeps its gradient.
+
+dataset -> prompts -> sampler -> rewards -> advantages -> train steps -> metrics, checkpoint.
+Source: Klear-Reasoner (arXiv 2508.07629); every number has its own in the config.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from klear_jax import (
+    checkpoint,
+    evaluate,
+    losses,
+    optim,
+    qwen3,
+    rollout,
+    steps,
+    tokens,
+)
+from klear_jax.data.batches import prompt_batches
+from klear_jax.data.examples import read_examples
+from klear_jax.errors import InputError
+from klear_jax.metrics import Stopwatch, Writer, require_finite
+from klear_jax.sharding import Layout, MeshConfig, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str  # A TFDS version folder or a JSON lines file.
+    split: str
+    too_long: (
+        str  # A prompt over rollout.max_prompt_tokens: 'error' or 'truncate_left'.
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """See `losses.policy_loss` and `steps.gppo_loss`."""
+
+    kind: str
+    clip_low: float
+    clip_high: float
+    beta_low: float
+    beta_high: float
+    dual_clip: float | None
+    aggregation: str
+    positive_coef: float
+
+    def __post_init__(self):
+        if self.kind not in losses.KINDS:
+            raise InputError(
+                f"loss.kind must be one of {losses.KINDS}, not {self.kind!r}"
+            )
+        if self.aggregation not in losses.AGGREGATIONS:
+            raise InputError(
+                f"loss.aggregation must be one of {losses.AGGREGATIONS}, not {self.aggregation!r}"
+            )
+        if self.kind != "gppo" and (self.beta_low, self.beta_high) != (1.0, 1.0):
+            raise InputError(
+                f"loss.beta_low and beta_high are for 'gppo', not for {self.kind!r}"
+            )
+        if self.kind == "cispo" and self.dual_clip is not None:
+            raise InputError("loss.dual_clip must be None for 'cispo', which has none")
+        if not 0 <= self.clip_low < 1 or self.clip_high < 0 or self.positive_coef < 0:
+            raise InputError(
+                "loss.clip_low must be in [0, 1), loss.clip_high and loss.positive_coef not "
+                f"negative: {self.clip_low}, {self.clip_high}, {self.positive_coef}"
+            )
+
+    def clip(self) -> dict[str, Any]:
+        """The keyword arguments of `losses.policy_loss`."""
+        names = ("kind", "clip_low", "clip_high", "beta_low", "beta_high", "dual_clip")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class GppoConfig:
+    """One GPPO run. Every key is explained where it is set, in configs/."""
+
+    seed: int
+    workdir: str
+    init_from: str
+    tokenizer: str
+    model: qwen3.Config
+    dtype: str
+    remat: bool
+    mesh: MeshConfig
+    data: DataConfig
+    rollout: rollout.RolloutConfig
+    rewards: rollout.RewardConfig
+    loss: LossConfig
+    minibatch_prompts: int
+    micro_rows: int
+    num_steps: int
+    optim: optim.OptimConfig
+    evaluation: evaluate.EvaluationConfig
+    checkpoint: checkpoint.CheckpointConfig
+
+    def __post_init__(self):
+        for name in ("minibatch_prompts", "micro_rows", "num_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
+
+
+def train_step(config: GppoConfig, layout: Layout) -> steps.TrainStep:
+    """The update with loss and optimizer bound: pure, not yet compiled."""
+    loss_fn = functools.partial(
+        steps.gppo_loss,
+        positive_coef=config.loss.positive_coef,
+        clip=config.loss.clip(),
+        config=config.model,
+        layout=layout,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+    )
+    return functools.partial(
+        steps.train_step, loss_fn=loss_fn, tx=optim.optimizer(config.optim)
+    )
+
+
+def score_step(config: GppoConfig, layout: Layout) -> Any:
+    """The old log-probs of a rollout batch: pure, not yet compiled."""
+    return functools.partial(
+        steps.score_step,
+        config=config.model,
+        layout=layout,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def num_micro(config: GppoConfig, prompts: int) -> int:
+    """Micro-batches that hold the samples of so many prompts."""
+    return -(-prompts * config.rollout.samples_per_prompt // config.micro_rows)
+
+
+def run(config: GppoConfig) -> None:
+    """Trains to the last step, from where the workdir's newest checkpoint stands."""
+    layout = Layout(make_mesh(config.mesh), config.mesh.rules)
+    steps.check_micro_rows(config.micro_rows, layout)
+    tokenizer = tokens.load(config.tokenizer)
+    tokens.check_fits(tokenizer, config.model.vocab_size)
+    prompts = prompt_batches(
+        read_examples(config.data.path, config.data.split),
+        tokenizer,
+        prompts_per_step=config.rollout.prompts,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        seed=config.seed,
+        too_long=config.data.too_long,
+    )
+    problems = evaluate.load_problems(config.evaluation, tokenizer)
+
+    with (
+        checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
+        Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        rollout.make_pool(config.rewards) as pool,
+    ):
+        first = checkpoints.steps_done
+        key = jax.random.key(config.seed)
+        state, shardings = checkpoint.train_state(
+            checkpoints,
+            prompts,
+            init_from=config.init_from,
+            config=config.model,
+            key=key,
+            tx=optim.optimizer(config.optim),
+            layout=layout,
+        )
+        update = steps.compile_train_step(train_step(config, layout), layout, shardings)
+        score = jax.jit(score_step(config, layout))
+        bar = tqdm.trange(
+            first, config.num_steps, desc="GPPO", initial=first, total=config.num_steps
+        )
+        watch = Stopwatch()
+        for step in bar:
+            with watch.phase("sample"):
+                samples = rollout.collect(
+                    state.params,
+                    config.model,
+                    next(prompts),
+                    tokenizer,
+                    pool,
+                    config.rewards,
+                    num_samples=config.rollout.samples_per_prompt,
+                    key=jax.random.fold_in(key, step),
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    temperature=config.rollout.temperature,
+                    top_p=config.rollout.top_p,
+                    top_k=config.rollout.top_k,
+                    num_slots=config.rollout.num_slots,
+                    dtype=jnp.dtype(config.dtype),
+                )
+                chosen = rollout.select(
+                    samples, config.rollout, config.rewards.full_credit
+                )
+                rows = rollout.make_rows(samples, chosen, config.rollout)
+            with watch.phase("score"):
+                rows["old_logp"] = old_logprobs(
+                    score, state.params, rows, config, layout
+                )
+            with watch.phase("update"):
+                rate = optim.learning_rate(config.optim, step, config.num_steps)
+                found = []
+                for mini in rollout.mini_batches(
+                    rows,
+                    samples.group_B[chosen],
+                    samples.reward_B[chosen] == config.rewards.full_credit,
+                    prompts=config.minibatch_prompts,
+                    aggregation=config.loss.aggregation,
+                ):
+                    count = -(-len(mini["tokens"]) // config.micro_rows)
+                    room = num_micro(config, config.minibatch_prompts)
+                    batch = steps.micro_batches(mini, config.micro_rows, room, layout)
+                    state, metrics = update(state, batch, count, rate)
+                    found.append(metrics)
+                found = jax.device_get(found)
+            for metrics in found:
+                require_finite(metrics, rows, config.workdir, step)
+            values = rollout.sample_metrics(samples, chosen, config.rewards.full_credit)
+            values |= (
+                update_metrics(found) | logprob_gap(rows) | {"learning_rate": rate}
+            )
+            if config.evaluation.due(step + 1):
+                with watch.phase("evaluate"):
+                    values |= evaluate.during_training(
+                        state.params, problems, tokenizer, pool, config
+                    )
+            values |= watch.lap()
+            writer.write(step, values)
+            writer.write_samples(
+                step, rollout.sample_rows(samples, chosen, rows["advantage"])
+            )
+            bar.set_postfix(
+                correct=f"{values['reward/correct']:.2f}",
+                length=f"{values['samples/length']:.0f}",
+            )
+            if checkpoints.due(step + 1) or step + 1 == config.num_steps:
+                checkpoints.save(step + 1, state, prompts)
+
+
+def old_logprobs(
+    score: Any,
+    params: qwen3.Params,
+    rows: dict[str, np.ndarray],
+    config: GppoConfig,
+    layout: Layout,
+) -> np.ndarray:
+    """The trainer's own log-probs of the rows, [b, T], before any update."""
+    inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
+    room = num_micro(config, config.rollout.max_groups)
+    batch = steps.micro_batches(inputs, config.micro_rows, room, layout)
+    count = -(-len(rows["tokens"]) // config.micro_rows)
+    logp_MBT = jax.device_get(score(params, batch, count))
+    return logp_MBT.reshape(-1, logp_MBT.shape[-1])[: len(rows["tokens"])]
+
+
+def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """|trainer's - sampler's log-prob| of the sampled tokens: the two should be one."""
+    gap = np.abs(rows["old_logp"] - rows["behaviour_logp"])[rows["mask"] != 0]
+    return {
+        "logprob_gap/mean": float(gap.mean()) if gap.size else 0.0,
+        "logprob_gap/max": float(gap.max()) if gap.size else 0.0,
+    }
+
+
+def update_metrics(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The mini-batches' additive metrics -> means of a step and shares of its tokens.
+
+    clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
+    (advantage not 0, old log-prob below losses.MOVABLE_LOGP); grad_mass/REGION: of the
+    sum of weight |dloss/dlogp|. A step without a mini-batch has only updates = 0.
+    """
+    values = {"updates": len(found)}
+    if not found:
+        return values
+    total = {name: float(sum(metrics[name] for metrics in found)) for name in found[0]}
+    for name in (
+        "loss",
+        "policy_loss",
+        "positive_loss",
+        "entropy",
+        "kl_old",
+        "grad_norm",
+    ):
+        values[name] = total[name] / len(found)
+    values["grad_norm_max"] = float(max(metrics["grad_norm"] for metrics in found))
+    values["update_norm"] = total["update_norm"] / len(found)
+    values["param_norm"] = float(found[-1]["param_norm"])
+    values["ratio_capped"] = total["ratio_capped"]
+    for title, name in (
+        ("clip", "tokens"),
+        ("clip_movable", "movable"),
+        ("grad_mass", "grad_mass"),
+    ):
+        for region in ("low", "high", "dual"):
+            values[f"{title}/{region}"] = total[f"{name}_{region}"] / max(
+                total[name], 1e-30
+            )
+    values["clip/movable_tokens"] = total["movable"]
+    return values

@@ -1,0 +1,154 @@
+"""Makes a data set and its tokenizer: python -m klear_jax.prepare_data --output=DIR."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import flags
+from etils import epath
+
+from klear_jax import tokens
+from klear_jax.config import run_main
+from klear_jax.data import arithmetic, builders, examples
+from klear_jax.errors import InputError
+
+# Our own set of flags, so that importing this file defines none for others.
+_FLAGS = flags.FlagValues()
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to.", _FLAGS)
+_TASK = flags.DEFINE_enum(
+    "task", "chain_sum", list(arithmetic.TASKS), "The problems.", _FLAGS
+)
+_NUM_PROBLEMS = flags.DEFINE_integer(
+    "num_problems",
+    20_000,
+    "Problems to draw; repeated ones are dropped.",
+    lower_bound=1,
+    flag_values=_FLAGS,
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the draw.", lower_bound=0, flag_values=_FLAGS
+)
+_DIRECT_SHARE = flags.DEFINE_float(
+    "direct_share",
+    0.5,
+    "Share of responses without a chain of thought.",
+    lower_bound=0,
+    upper_bound=1,
+    flag_values=_FLAGS,
+)
+_GENERATOR = flags.DEFINE_list(
+    "generator",
+    [],
+    "Settings of reasoning-gym's task, such as min_terms=3,max_terms=4.",
+    _FLAGS,
+)
+_HELP = flags.DEFINE_boolean("help", False, "Show this.", _FLAGS)
+
+
+def prepare(output: epath.PathLike, settings: Mapping[str, Any]) -> epath.Path:
+    """Writes the data set under output and its tokenizer to output/tokenizer.
+
+    What is already there is kept, if it was made with the same settings.
+
+    Args:
+      output: the folder.
+      settings: the arguments of `arithmetic.make_problems`.
+
+    Returns:
+      The folder of the data set, <output>/arithmetic/<version>.
+
+    Raises:
+      InputError: bad settings, or others than those of the data set in the folder.
+    """
+    output = epath.Path(output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file, not a folder")
+    builder = builders.Arithmetic(data_dir=output, settings=settings)
+    path = epath.Path(builder.data_dir)
+    if path.exists():
+        made_with = json.loads(_info(path).metadata["settings"])
+        if made_with != settings:
+            other = [key for key in settings if made_with[key] != settings[key]]
+            raise InputError(
+                f"{path} was made with another"
+                f" {', '.join(f'{key} ({made_with[key]})' for key in other)}:"
+                " choose another folder"
+            )
+        print(f"{path} is there already")
+    else:
+        # Nothing is downloaded, but TFDS makes the folder for it.
+        with tempfile.TemporaryDirectory() as scratch:
+            builder.download_and_prepare(download_dir=scratch)
+    folder = output / "tokenizer"
+    if (folder / "tokenizer_config.json").exists():  # Written last.
+        print(f"{folder} is there already")
+    else:
+        rows = examples.read_examples(path, "sft")
+        texts = [row.problem + row.response for row in rows]
+        tokens.train_sentencepiece(texts, folder, symbols=arithmetic.SYMBOLS)
+    return path
+
+
+def counts_table(path: epath.PathLike) -> str:
+    """A line a split of the data set in path: problems drawn, kept, dropped and why."""
+    info = _info(path)
+    dropped = json.loads(info.metadata["dropped"])
+    head = ["split", "drawn", "kept", *arithmetic.DROP_REASONS]
+    lines = [head]
+    for split, counts in dropped.items():
+        kept = info.splits[split].num_examples
+        lines.append([split, kept + sum(counts.values()), kept, *counts.values()])
+    return "\n".join(
+        "  ".join(f"{cell:>{len(name)}}" for cell, name in zip(line, head, strict=True))
+        for line in lines
+    )
+
+
+def _info(path: epath.PathLike) -> tfds.core.DatasetInfo:
+    try:
+        return tfds.builder_from_directory(path).info
+    except Exception as error:  # TFDS and protobuf raise a class each.
+        raise InputError(f"{path} is a broken data set: {error}") from error
+
+
+def _generator(assignments: list[str]) -> dict[str, int]:
+    try:
+        pairs = [assignment.split("=") for assignment in assignments]
+        return {key: int(value) for key, value in pairs}
+    except ValueError as error:
+        raise InputError(
+            f"--generator={','.join(assignments)} is not KEY=INTEGER,..."
+        ) from error
+
+
+def main(argv: list[str]) -> None:
+    try:
+        rest = _FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise InputError(f"in the flags: {error}") from error
+    if _HELP.value:
+        print(f"{__doc__}\n{_FLAGS.get_help()}")
+        return
+    if rest or not _OUTPUT.value:
+        raise InputError(
+            f"--output=DIR is needed, and no arguments beside flags: {rest}"
+        )
+    path = prepare(
+        _OUTPUT.value,
+        {
+            "task": _TASK.value,
+            "num_problems": _NUM_PROBLEMS.value,
+            "seed": _SEED.value,
+            "direct_share": _DIRECT_SHARE.value,
+            "generator": _generator(_GENERATOR.value),
+        },
+    )
+    print(counts_table(path))
+    print(f"data set   {path}")
+    print(f"tokenizer  {epath.Path(_OUTPUT.value) / 'tokenizer'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,124 @@
+"""The math reward: does the final answer equal the reference, by math-verify.
+
+FACTS (g): the authors' `math_longcot_math_verify` scorer and their benchmark judge, which
+share one verifier. Verdicts are those of math-verify 0.9.0.
+"""
+
+import functools
+import logging
+import threading
+import warnings
+
+import math_verify
+import sympy.core.random
+
+from klear_jax.errors import InputError
+
+# math-verify's own alarm, for each parse and for each comparison.
+_ALARM_S = 5
+
+# It warns of every alarm with the whole text of the response.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def score(
+    response: str,
+    ground_truth: str | list[str],
+    *,
+    correct: float = 1.0,
+    wrong: float = -1.0,
+    no_think_end: float = -0.5,
+    no_think_start: float = -2.0,
+) -> float:
+    """The reward of a response that thinks between tags and then answers.
+
+    Tags are looked for, not matched: their order, count and position are free. The answer is
+    read from what follows the last `</think>`; a box is not required. Whatever goes wrong
+    inside math-verify, its alarms included, makes the answer wrong.
+
+    Main thread only, because the alarms are signals; elsewhere there would be nothing to end
+    a hang. `rewards.pool` calls it from the main thread of each worker.
+
+    Args:
+      response: the decoded sample, thinking included.
+      ground_truth: the reference answer in LaTeX, or a list of which any one is right. An
+        empty string matches nothing.
+      correct: the value if the answer is right.
+      wrong: the value if it is not, or if there is none.
+      no_think_end: the value without `</think>`: the thinking did not end.
+      no_think_start: the value with `</think>` but without `<think>`.
+
+    Raises:
+      InputError: the ground truth is neither a string nor a non-empty list of strings.
+      RuntimeError: called outside the main thread.
+    """
+    golds = _golds(ground_truth)
+    _, end, answer = response.rpartition("</think>")
+    if not end:
+        return no_think_end
+    if "<think>" not in response:
+        return no_think_start
+    return correct if _verdict(answer, golds) else wrong
+
+
+def judge(
+    text: str,
+    ground_truth: str | list[str],
+    *,
+    correct: float = 1.0,
+    wrong: float = -1.0,
+) -> float:
+    """The benchmark's judgement: the answer anywhere in the text, no tags asked for.
+
+    Source: the authors' `benchmarks/judge_math.py`, which passes what follows `</think>`.
+    Arguments, errors and the main thread as in `score`.
+    """
+    return correct if _verdict(text, _golds(ground_truth)) else wrong
+
+
+def _golds(ground_truth: str | list[str]) -> tuple[str, ...]:
+    golds = [ground_truth] if isinstance(ground_truth, str) else ground_truth
+    if (
+        not isinstance(golds, list)
+        or not golds
+        or not all(isinstance(gold, str) for gold in golds)
+    ):
+        raise InputError(
+            "the ground truth of a math problem must be a string or a non-empty list of "
+            f"strings, not {ground_truth!r}"
+        )
+    return tuple(golds)
+
+
+# The samples of a group repeat answers, and a hostile one costs its alarms each time.
+@functools.lru_cache(maxsize=1024)
+def _verdict(text: str, golds: tuple[str, ...]) -> bool:
+    if threading.current_thread() is not threading.main_thread():
+        # math-verify would raise ValueError, which must not read as a wrong answer.
+        raise RuntimeError(
+            "math rewards need the main thread, for their alarms: use klear_jax.rewards.pool"
+        )
+    # sympy tests identities at random points: the same points for every answer.
+    sympy.core.random.seed(0)
+    with warnings.catch_warnings():
+        # The text of a response can make Python warn; where warnings are errors, that would
+        # turn a parse into a failure and so change the verdict.
+        warnings.simplefilter("ignore")
+        try:
+            parsed = math_verify.parse(text, parsing_timeout=_ALARM_S)
+        except Exception:
+            return False
+        if len(parsed) < 2:  # [expression, its text]
+            return False
+        return parsed[1] in golds or any(_equal(gold, parsed) for gold in golds)
+
+
+def _equal(gold: str, parsed: list) -> bool:
+    try:
+        return math_verify.verify(
+            math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_ALARM_S),
+            parsed,
+            timeout_seconds=_ALARM_S,
+        )
+    except Exception:
+        return False

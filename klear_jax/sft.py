@@ -1,0 +1,155 @@
+"""Supervised fine-tuning on written-out chains of thought.
+
+data -> packed rows -> train step -> metrics, checkpoint. The loss is the token mean over
+the whole global batch.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from klear_jax import checkpoint, evaluate, losses, optim, qwen3, rollout, steps, tokens
+from klear_jax.data.batches import sft_batches
+from klear_jax.data.examples import read_examples
+from klear_jax.errors import InputError
+from klear_jax.metrics import Stopwatch, Writer, require_finite
+from klear_jax.sharding import Layout, MeshConfig, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str  # A TFDS version folder or a JSON lines file.
+    split: str
+    row_tokens: int
+    pack: bool  # Several samples a row, as segments that do not see each other.
+    too_long: str  # A sample longer than a row: 'error', or 'drop' (counted).
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """One SFT run. Every key is explained where it is set, in configs/."""
+
+    seed: int
+    workdir: str
+    init_from: str
+    tokenizer: str
+    model: qwen3.Config
+    dtype: str
+    remat: bool
+    mesh: MeshConfig
+    data: DataConfig
+    batch_rows: int
+    micro_rows: int
+    num_steps: int
+    optim: optim.OptimConfig
+    rewards: rollout.RewardConfig
+    evaluation: evaluate.EvaluationConfig
+    checkpoint: checkpoint.CheckpointConfig
+
+    def __post_init__(self):
+        if self.num_steps < 1 or self.batch_rows < 1 or self.micro_rows < 1:
+            raise InputError("num_steps, batch_rows and micro_rows must be at least 1")
+        if self.batch_rows % self.micro_rows:
+            raise InputError(
+                f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}"
+            )
+
+
+def train_step(config: SftConfig, layout: Layout) -> steps.TrainStep:
+    """The update with loss and optimizer bound: pure, not yet compiled."""
+    loss_fn = functools.partial(
+        steps.lm_loss,
+        config=config.model,
+        layout=layout,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+    )
+    return functools.partial(
+        steps.train_step, loss_fn=loss_fn, tx=optim.optimizer(config.optim)
+    )
+
+
+def run(config: SftConfig) -> None:
+    """Trains to the last step, from where the workdir's newest checkpoint stands."""
+    layout = Layout(make_mesh(config.mesh), config.mesh.rules)
+    steps.check_micro_rows(config.micro_rows, layout)
+    tokenizer = tokens.load(config.tokenizer)
+    tokens.check_fits(tokenizer, config.model.vocab_size)
+    data = sft_batches(
+        read_examples(config.data.path, config.data.split),
+        tokenizer,
+        row_tokens=config.data.row_tokens,
+        rows_per_batch=config.batch_rows,
+        seed=config.seed,
+        pack=config.data.pack,
+        too_long=config.data.too_long,
+    )
+    problems = evaluate.load_problems(config.evaluation, tokenizer)
+    num_micro = config.batch_rows // config.micro_rows
+
+    with (
+        checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
+        Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        rollout.make_pool(config.rewards) as pool,
+    ):
+        first = checkpoints.steps_done
+        state, shardings = checkpoint.train_state(
+            checkpoints,
+            data.iterator,
+            init_from=config.init_from,
+            config=config.model,
+            key=jax.random.key(config.seed),
+            tx=optim.optimizer(config.optim),
+            layout=layout,
+        )
+        update = steps.compile_train_step(train_step(config, layout), layout, shardings)
+        bar = tqdm.trange(
+            first, config.num_steps, desc="SFT", initial=first, total=config.num_steps
+        )
+        watch, unread = Stopwatch(), []
+        for step in bar:
+            with watch.phase("data"):
+                rows = next(data.iterator)
+                rows["weight"] = losses.token_weights(rows.pop("mask"))
+                batch = steps.micro_batches(rows, config.micro_rows, num_micro, layout)
+            rate = optim.learning_rate(config.optim, step, config.num_steps)
+            state, found = update(state, batch, num_micro, rate)
+            unread.append((step, rows, rate, found))
+            evaluates = config.evaluation.due(step + 1)
+            saves = checkpoints.due(step + 1) or step + 1 == config.num_steps
+            # Metrics are read one step late, so that the device never waits for the host.
+            while len(unread) > (0 if saves or evaluates else 1):
+                read_step, rows, rate, found = unread.pop(0)
+                values = summarise(rows, jax.device_get(found)) | {
+                    "learning_rate": rate
+                }
+                require_finite(values, rows, config.workdir, read_step)
+                if evaluates and read_step == step:
+                    with watch.phase("evaluate"):
+                        values |= evaluate.during_training(
+                            state.params, problems, tokenizer, pool, config
+                        )
+                values |= watch.lap()
+                writer.write(read_step, values)
+                bar.set_postfix(loss=f"{values['loss']:.3f}")
+            if saves:
+                checkpoints.save(step + 1, state, data.iterator)
+
+
+def summarise(rows: dict[str, np.ndarray], found: steps.Metrics) -> dict[str, float]:
+    """The metrics of one update, ready to be written."""
+    real_BT = rows["segment_ids"] != 0
+    return {
+        **{
+            name: float(found[name])
+            for name in ("loss", "grad_norm", "update_norm", "param_norm")
+        },
+        "likely": float(found["tokens_likely"] / found["tokens"]),
+        "tokens": int(real_BT.sum()),
+        "tokens_trained": int(found["tokens"]),
+        "row_fill": float(real_BT.mean()),
+    }

@@ -1,0 +1,236 @@
+"""The device programs of training: pure functions of a state and a batch.
+
+A batch is a dict of arrays [M, B, ...]: M micro-batches of B rows, where B lies on the
+batch axes of the mesh, so that every micro-batch spans all devices. How many of the M are
+real is an argument, traced: one program serves every count, and rows or micro-batches of
+weight 0 add nothing. jit, shardings and donation are applied once, by `compile_step`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from klear_jax import logprobs, losses, qwen3
+from klear_jax.errors import InputError
+from klear_jax.sharding import Layout, like_params, put
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (state, batch, num_micro, learning_rate) -> (state, metrics).
+TrainStep = Callable[..., tuple["TrainState", Metrics]]
+# (params, micro-batch of [B, ...]) -> (loss [], additive metrics []).
+LossFn = Callable[[qwen3.Params, Batch], tuple[jax.Array, Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an update reads and writes."""
+
+    step: jax.Array  # [] int32, optimizer updates done.
+    params: qwen3.Params  # float32 master weights.
+    opt_state: optax.OptState
+
+
+def init_state(params: qwen3.Params, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def state_shardings(
+    state: TrainState, params_shardings: Any, layout: Layout
+) -> TrainState:
+    """Moments lie where their parameters lie, counters everywhere."""
+    return like_params(state, params_shardings, layout)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    num_micro: jax.Array,
+    learning_rate: jax.Array,
+    *,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update from the first `num_micro` micro-batches of `batch`.
+
+    Gradients and metrics are float32 sums over micro-batches: the weights in the batch
+    already say what a mean is, so any split gives the same update up to rounding.
+
+    Returns:
+        The new state, and the metrics of `loss_fn` with `loss`, `grad_norm` (before the
+        clip), `update_norm` and `param_norm`.
+    """
+    grads, metrics = accumulate(loss_fn, state.params, batch, num_micro)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda update: -learning_rate * update, updates)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def accumulate(
+    loss_fn: LossFn, params: qwen3.Params, batch: Batch, num_micro: jax.Array
+) -> tuple[qwen3.Params, Metrics]:
+    """Gradients of the loss and metrics, summed over the first `num_micro` micro-batches."""
+
+    def one(i):
+        micro = jax.tree.map(lambda x: x[i], batch)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, micro
+        )
+        return grads, metrics | {"loss": loss}
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+    return jax.lax.fori_loop(
+        0, num_micro, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros
+    )
+
+
+def score_step(
+    params: qwen3.Params,
+    batch: Batch,
+    num_micro: jax.Array,
+    *,
+    config: qwen3.Config,
+    layout: Layout | None,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Log-probs of every token of the first `num_micro` micro-batches, [M, B, T] float32."""
+
+    def one(i, logp_MBT):
+        logp_BT = logprobs.token_logprobs(
+            params,
+            config,
+            batch["tokens"][i],
+            positions_BT=batch["positions"][i],
+            segment_ids_BT=batch["segment_ids"][i],
+            layout=layout,
+            dtype=dtype,
+        )
+        return logp_MBT.at[i].set(logp_BT)
+
+    return jax.lax.fori_loop(
+        0, num_micro, one, jnp.zeros(batch["tokens"].shape, jnp.float32)
+    )
+
+
+def lm_loss(
+    params: qwen3.Params, micro: Batch, **model: Any
+) -> tuple[jax.Array, Metrics]:
+    """The SFT loss of one micro-batch (a `LossFn`, once `model` is bound).
+
+    Args:
+        micro: tokens, positions, segment_ids, weight: each [B, T].
+        model: config, layout, dtype, remat of `logprobs.token_logprobs`.
+
+    Returns:
+        The loss, and how many `tokens` were trained and how many of them are `tokens_likely`:
+        of probability over one half, so what greedy decoding would choose.
+    """
+    logp_BT = logprobs.token_logprobs(
+        params,
+        tokens_BT=micro["tokens"],
+        positions_BT=micro["positions"],
+        segment_ids_BT=micro["segment_ids"],
+        **model,
+    )
+    real_BT = micro["weight"] != 0
+    metrics = {
+        "tokens": jnp.sum(real_BT, dtype=jnp.float32),
+        "tokens_likely": jnp.sum(real_BT & (logp_BT > jnp.log(0.5)), dtype=jnp.float32),
+    }
+    return losses.positive_lm_loss(logp_BT, micro["weight"]), metrics
+
+
+def gppo_loss(
+    params: qwen3.Params,
+    micro: Batch,
+    *,
+    positive_coef: float,
+    clip: dict[str, Any],
+    **model: Any,
+) -> tuple[jax.Array, Metrics]:
+    """The policy loss plus `positive_coef` x the positive-LM loss (Eq. 14), of one
+    micro-batch.
+
+    Args:
+        micro: tokens, positions, segment_ids, old_logp, advantage, weight,
+            positive_weight: each [B, T].
+        positive_coef: alpha.
+        clip: the keyword arguments of `losses.policy_loss`.
+        model: config, layout, dtype, remat of `logprobs.token_logprobs`.
+
+    Returns:
+        The loss, and the metrics of `losses.policy_loss` with `policy_loss`,
+        `positive_loss` and `entropy` (sum of weight x entropy, nats).
+    """
+    logp_BT, entropy_BT = logprobs.token_logprobs(
+        params,
+        tokens_BT=micro["tokens"],
+        positions_BT=micro["positions"],
+        segment_ids_BT=micro["segment_ids"],
+        with_entropy=True,
+        **model,
+    )
+    policy_loss, metrics = losses.policy_loss(
+        logp_BT, micro["old_logp"], micro["advantage"], micro["weight"], **clip
+    )
+    positive_loss = losses.positive_lm_loss(logp_BT, micro["positive_weight"])
+    metrics |= {
+        "policy_loss": policy_loss,
+        "positive_loss": positive_loss,
+        "entropy": jnp.sum(micro["weight"] * entropy_BT),
+    }
+    return policy_loss + positive_coef * positive_loss, metrics
+
+
+def micro_batches(
+    rows: dict[str, np.ndarray], micro_rows: int, num_micro: int, layout: Layout
+) -> Batch:
+    """Host rows [R, T] -> device arrays [num_micro, micro_rows, T].
+
+    Filled up with empty rows: all zeros, so segment 0 and weight 0.
+    """
+
+    def split(x):
+        room = num_micro * micro_rows - len(x)
+        x = np.concatenate([x, np.zeros((room, *x.shape[1:]), x.dtype)])
+        return x.reshape(num_micro, micro_rows, *x.shape[1:])
+
+    return put({name: split(x) for name, x in rows.items()}, batch_sharding(layout))
+
+
+def batch_sharding(layout: Layout) -> jax.sharding.NamedSharding:
+    """Of every array of a batch: [M, B, T] with B on the batch axes."""
+    return layout.sharding(None, "batch", None)
+
+
+def check_micro_rows(micro_rows: int, layout: Layout) -> None:
+    """Every device of the batch axes gets the same number of rows, or an InputError."""
+    if micro_rows % layout.shards("batch"):
+        raise InputError(
+            f"micro_rows={micro_rows} must be a multiple of the {layout.shards('batch')} "
+            f"shards of a batch (mesh axes {layout.rules['batch']})"
+        )
+
+
+def compile_train_step(
+    step: TrainStep, layout: Layout, shardings: TrainState
+) -> TrainStep:
+    """`train_step` with loss and optimizer bound -> the program: jit with explicit
+    shardings (what pjit was), the old state donated."""
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(layout), None, None),
+        out_shardings=(shardings, layout.sharding()),
+        donate_argnums=0,
+    )

@@ -1,0 +1,375 @@
+"""Text to token ids and back: HF tokenizer.json, sentencepiece .model, chat template, stops.
+
+The only file that knows a tokenizer library or jinja.
+"""
+
+import dataclasses
+import datetime
+import functools
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import sentencepiece
+import tokenizers
+from etils import epath
+
+from klear_jax.errors import InputError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+# sentencepiece writes a space as this character, so it cannot tell the two apart.
+SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+QWEN3_CHAT = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with its chat template; made by `load`.
+
+    Attributes:
+      path: the vocabulary's file; error messages name it.
+      vocab_size: largest id + 1.
+      stop_ids: ids that end a response; the first ends an assistant's turn in training.
+    """
+
+    path: epath.Path
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    _vocabulary: "_HuggingFace | _SentencePiece"
+    _template: jinja2.Template
+    _named_tokens: Mapping[str, str]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text. Nothing is added; the text of a special token becomes its id."""
+        return self._vocabulary.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids without the special tokens; ids outside the vocabulary are skipped."""
+        return self._vocabulary.decode([int(i) for i in ids])
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> str:
+        """The chat template's text for messages of {role, content}."""
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._named_tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InputError(
+                f"{self.path.parent}: the chat template refuses {messages!r}: {error}"
+            ) from error
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of messages up to where the assistant's response begins."""
+        return self.encode(self.render(messages, add_generation_prompt=True))
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Copies the tokenizer's files into folder, for an export."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            source = self.path.parent / name
+            if source.exists():
+                source.copy(folder / name, overwrite=True)
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+    """Reads a tokenizer from its folder, or from its file with the others beside it.
+
+    The folder holds tokenizer.json or tokenizer.model, and tokenizer_config.json (end of
+    text, chat template); chat_template.jinja and generation_config.json (stop ids) count
+    where they are.
+
+    Raises:
+      InputError: a file is missing or broken; there is no chat template, or one whose
+        markers are not single tokens; no token ends a response.
+    """
+    path = _vocabulary_file(epath.Path(path))
+    config = _read_json(path.parent / "tokenizer_config.json")
+    named = _named_tokens(config)
+    kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
+    special = set(named.values()) | {
+        _text(token) for token in config.get("additional_special_tokens") or ()
+    }
+    try:
+        vocabulary = kind(path.read_bytes(), special)
+    except Exception as error:  # tokenizers raises bare Exception.
+        raise InputError(f"{path} is not a whole tokenizer file: {error}") from error
+    source = _template_source(path.parent, config)
+    for marker in (IM_START, IM_END):
+        if marker in source and vocabulary.encode(marker) != [vocabulary.id_of(marker)]:
+            raise InputError(
+                f"{path}: the chat template needs {marker} as a single token,"
+                " but the vocabulary has none"
+            )
+    return Tokenizer(
+        path=path,
+        vocab_size=vocabulary.size,
+        stop_ids=_stop_ids(path, vocabulary, named),
+        _vocabulary=vocabulary,
+        _template=_compile(path.parent, source),
+        _named_tokens=named,
+    )
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises InputError unless every id has one of the model's vocab_size rows."""
+    needed = max(tokenizer.vocab_size, max(tokenizer.stop_ids) + 1)
+    if needed > vocab_size:
+        raise InputError(
+            f"{tokenizer.path} has ids up to {needed - 1}, which does not fit a model"
+            f" with a vocabulary of {vocab_size}"
+        )
+
+
+def cut_at_stop(
+    tokenizer: Tokenizer, ids: Sequence[int], stop_strings: Sequence[str]
+) -> tuple[Sequence[int], bool]:
+    """Cuts a response after the token that completes the first stop string.
+
+    Returns:
+      The ids kept, and whether a stop string was found. The last token may carry text
+      beyond the stop string; a special token's text is never found (use stop_ids).
+    """
+    if "" in stop_strings:
+        raise InputError("a stop string is empty")
+
+    def has_stop(length: int) -> bool:
+        text = tokenizer.decode(ids[:length])
+        return any(stop in text for stop in stop_strings)
+
+    if not has_stop(len(ids)):
+        return ids, False
+    too_short, enough = 0, len(ids)
+    while enough - too_short > 1:
+        middle = (too_short + enough) // 2
+        if has_stop(middle):
+            enough = middle
+        else:
+            too_short = middle
+    return ids[:enough], True
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    folder: epath.PathLike,
+    *,
+    symbols: Sequence[str],
+    vocab_size: int | None = None,
+) -> None:
+    """Trains a lossless tokenizer and writes its .model and tokenizer_config.json.
+
+    `decode(encode(text)) == text` for any text without special tokens: what the texts
+    do not show is spelled in bytes. The same texts give the same files.
+
+    Args:
+      texts: what to learn from.
+      folder: where the two files go.
+      symbols: strings that are always one token each, beside the chat markers.
+      vocab_size: of a BPE vocabulary. None: a token for each character and none for
+        longer strings, which small models learn fastest from.
+
+    Raises:
+      InputError: no text, or a vocab_size that sentencepiece cannot reach.
+    """
+    folder = epath.Path(folder)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe" if vocab_size else "char",
+            vocab_size=vocab_size or 2**20,  # An upper bound for characters.
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            user_defined_symbols=list(
+                dict.fromkeys([IM_START, IM_END, "\n", SPACE_MARK, *symbols])
+            ),
+            # Only <unk> stands before the symbols: ends are the chat's own markers.
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=2**24,  # Bytes; longer texts would be left out unseen.
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"cannot train a tokenizer: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {
+        "eos_token": IM_END,
+        "additional_special_tokens": [IM_START, IM_END],
+        "chat_template": QWEN3_CHAT,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+class _HuggingFace:
+    """The vocabulary of a tokenizer.json, which itself says which tokens are special."""
+
+    def __init__(self, data: bytes, special: set[str]):
+        del special
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class _SentencePiece:
+    """The vocabulary of a tokenizer.model."""
+
+    def __init__(self, data: bytes, special: set[str]):
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self.size = self._model.vocab_size()
+        if not self.size:  # An empty file parses.
+            raise ValueError("it holds no tokens")
+        control = filter(self._model.is_control, range(self.size))
+        by_hand = {self._model.id_to_piece(i): [i] for i in control}
+        self._skipped = {i for i in map(self.id_of, special) if i is not None}
+        spelled = [self.id_of(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        if None not in spelled:
+            by_hand[SPACE_MARK] = spelled
+        self._by_hand = by_hand
+        self._split = re.compile(f"({'|'.join(map(re.escape, by_hand)) or '(?!)'})")
+
+    def id_of(self, token: str) -> int | None:
+        i = self._model.piece_to_id(token)
+        return None if i == self._model.unk_id() else i
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for part in self._split.split(text):
+            ids += self._by_hand.get(part) or self._model.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(
+            [i for i in ids if 0 <= i < self.size and i not in self._skipped]
+        )
+
+
+def _vocabulary_file(path: epath.Path) -> epath.Path:
+    if not path.is_dir():
+        if path.suffix not in (".json", ".model") or not path.exists():
+            raise InputError(f"{path} is no tokenizer.json, .model file or folder")
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).exists():
+            return path / name
+    raise InputError(f"{path} holds neither tokenizer.json nor tokenizer.model")
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not whole JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return content
+
+
+def _text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Tokens that a chat template may call by name."""
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return {name: _text(config[name]) for name in names if config.get(name)}
+
+
+def _stop_ids(
+    path: epath.Path, vocabulary: _HuggingFace | _SentencePiece, named: dict[str, str]
+) -> tuple[int, ...]:
+    ids = [vocabulary.id_of(IM_END)]
+    if "eos_token" in named:
+        ids.append(vocabulary.id_of(named["eos_token"]))
+        if ids[-1] is None:
+            raise InputError(
+                f"{path} lacks the eos_token {named['eos_token']!r} of"
+                " tokenizer_config.json"
+            )
+    more = _read_json(path.parent / "generation_config.json").get("eos_token_id", [])
+    ids += more if isinstance(more, list) else [more]
+    ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not ids:
+        raise InputError(
+            f"{path}: no token ends a response; name one as eos_token in"
+            " tokenizer_config.json"
+        )
+    return ids
+
+
+def _template_source(folder: epath.Path, config: Mapping[str, Any]) -> str:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    source = config.get("chat_template")
+    if isinstance(source, list):  # Several templates, each with its name.
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if not source:
+        raise InputError(
+            f"{folder} has no chat template (chat_template in tokenizer_config.json,"
+            " or chat_template.jinja)"
+        )
+    return source
+
+
+def _compile(folder: epath.Path, source: str) -> jinja2.Template:
+    """The template in a sandbox with the names that Hugging Face's templates use."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    # jinja's own tojson escapes for HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
+        form
+    )
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise InputError(f"{folder}: the chat template is broken: {error}") from error
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,72 @@
+"""Trains a model as a config says.
+
+    python -m klear_jax.train --config=configs/gppo_tiny.py [--workdir=DIR] [--config.KEY=VALUE ...]
+
+The same command, given again, resumes from the newest checkpoint of the workdir.
+"""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from klear_jax import config, gppo, hf_weights, sft, tokens
+from klear_jax.errors import InputError
+
+TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
+
+
+def main(argv: list[str]) -> None:
+    texts = {"workdir": "Where all of the run is written, and resumed from."}
+    flags = config.parse_flags(argv, __doc__, texts)
+    values = flags.config.to_dict()
+    if flags.workdir:
+        values["workdir"] = flags.workdir
+    task, parsed = parse(values)
+    prepare_workdir(values, parsed)
+    _, run = TASKS[task]
+    run(parsed)
+
+
+def parse(values: dict[str, Any]) -> tuple[str, Any]:
+    """A config's dict -> its task, and the frozen dataclass that the task runs on."""
+    values = dict(values)
+    task = values.pop("task", None)
+    if task not in TASKS:
+        raise InputError(f"config.task must be one of {sorted(TASKS)}, not {task!r}")
+    if not values.get("workdir"):
+        raise InputError("name where to write the run: --workdir=DIR or config.workdir")
+    cls, _ = TASKS[task]
+    return task, config.build(cls, values)
+
+
+def prepare_workdir(values: dict[str, Any], parsed: Any) -> None:
+    """Writes config.json and model/ (architecture and tokenizer), or checks that a workdir
+    that is resumed has the same config."""
+    workdir = epath.Path(parsed.workdir)
+    tokenizer = tokens.load(parsed.tokenizer)
+    tokens.check_fits(tokenizer, parsed.model.vocab_size)
+    values = json.loads(
+        json.dumps(values)
+    )  # As it will be read back: lists, no tuples.
+    file = workdir / "config.json"
+    if file.exists():
+        if changed := config.differences(hf_weights.read_json(file), values):
+            raise InputError(
+                f"{workdir} belongs to a run with another config ({'; '.join(changed)}); "
+                "give the same config to resume it, or another workdir"
+            )
+        return
+    (workdir / "model").mkdir(parents=True, exist_ok=True)
+    hf_weights.write_config(workdir / "model", parsed.model, "float32")
+    tokenizer.save(workdir / "model")
+    # Last: where it lies, the folder is complete.
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    jax.config.update(
+        "jax_compilation_cache_dir", str(epath.Path("~/.cache/klear_jax").expanduser())
+    )
+    config.run_main(main)

@@ -1,0 +1,14 @@
+"""Eight CPU devices, set before any backend starts, and strict numerics in every test."""
+
+import hypothesis
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every run, none remembered on disk, no limit on a first compile.
+hypothesis.settings.register_profile(
+    "reproducible", derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.load_profile("reproducible")

@@ -1,0 +1,152 @@
+"""Attention against plain float64 numpy, whole, in blocks of queries, and one step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from klear_jax import attention
+
+B, T, N, K, H = 2, 37, 6, 2, 8
+# Two sequences and padding within a row; a sequence split by padding and by another.
+SEGMENTS = np.array(
+    [[1] * 17 + [2] * 14 + [0] * 6, [0] * 3 + [5, 5, 0, 7, 5] * 6 + [7] * 4]
+)
+
+
+def inputs(dtype=jnp.float32, scale=2.0):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
+    return [
+        (scale * jax.random.normal(key, shape)).astype(dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def plain(q, k, v, segments):
+    """One softmax at a time, in float64; query head n uses key head n // (N / K)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(segments[b, : t + 1] == segments[b, t])
+        group = n // (q.shape[2] // k.shape[2])
+        scores = k[b, seen, group] @ q[b, t, n] / np.sqrt(q.shape[3])
+        probs = np.exp(scores - scores.max())
+        out[b, t, n] = probs / probs.sum() @ v[b, seen, group]
+    return out
+
+
+def test_same_as_plain_softmax():
+    q, k, v, _ = inputs()
+    got = jax.jit(attention.attention)(q, k, v, SEGMENTS)
+    np.testing.assert_allclose(got, plain(q, k, v, SEGMENTS), atol=5e-6)
+
+
+def test_bf16_keeps_its_dtype_and_float32_scores():
+    q, k, v, _ = inputs(jnp.bfloat16)
+    got = jax.jit(attention.attention)(q, k, v, SEGMENTS)
+    assert got.dtype == jnp.bfloat16
+    # Rounded: probabilities (once) and the result, each to 8 bits, of |v| up to 8.
+    np.testing.assert_allclose(got, plain(q, k, v, SEGMENTS), atol=0.03)
+
+
+def test_grouped_heads_are_repeated_heads():
+    q, k, v, _ = inputs()
+    segments = jnp.asarray(SEGMENTS)
+    repeated = [jnp.repeat(x, N // K, axis=2) for x in (k, v)]
+    run = jax.jit(attention.attention)
+    np.testing.assert_allclose(
+        run(q, k, v, segments), run(q, *repeated, segments), atol=1e-6
+    )
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    q, k, v, weight = inputs()
+
+    def run():
+        """A new function, so that jit does not remember the other block size."""
+
+        def loss(q, k, v):
+            out = attention.attention(q, k, v, jnp.asarray(SEGMENTS))
+            return jnp.sum(out * weight), out
+
+        (_, out), grads = jax.jit(
+            jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        )(q, k, v)
+        return out, *grads
+
+    want = run()
+    for block in (8, T - 1):  # The last block has 5 queries, 1 query.
+        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+        for got, one in zip(run(), want, strict=True):
+            np.testing.assert_allclose(got, one, atol=2e-6 * np.abs(one).max())
+
+
+def test_long_rows_never_hold_all_scores():
+    tokens = 4096
+    shape = jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32)
+    segments = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def loss(q, k, v, segments):
+        return jnp.sum(attention.attention(q, k, v, segments) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
+        shape, shape, shape, segments
+    )
+    temp = compiled.compile().memory_analysis().temp_size_in_bytes
+    all_scores = 4 * tokens * tokens * 4
+    # A few float32 [block, T] of the backward pass, and the inputs in other orders.
+    assert temp < 0.6 * all_scores, (temp, all_scores)
+
+
+def test_padding_is_harmless():
+    """What stands under padding reaches neither the output nor the gradients."""
+    q, k, v, weight = inputs()
+    real = SEGMENTS[..., None, None] != 0
+    segments = jnp.asarray(SEGMENTS)
+
+    def loss(q, k, v):
+        out = attention.attention(q, k, v, segments)
+        return jnp.sum(jnp.where(real, out * weight, 0.0)), out
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (_, out), grads = run(q, k, v)
+    junk = [jnp.where(real, x, 1e4) for x in (q, k, v)]
+    (_, junk_out), junk_grads = run(*junk)
+    np.testing.assert_array_equal(np.where(real, junk_out, 0), np.where(real, out, 0))
+    assert np.isfinite(junk_out).all()
+    for got, want in zip(junk_grads, grads, strict=True):
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(np.where(real, 0, got), 0)
+
+
+@pytest.mark.parametrize("length", [[37, 37], [1, 20]])
+def test_decode_is_the_last_row(length):
+    q, k, v, _ = inputs()
+    last = np.array(length) - 1
+    one_segment = jnp.ones((B, T), jnp.int32)
+    want = attention.attention(q, k, v, one_segment)[np.arange(B), last]
+    # Entries past the length are whatever an earlier sample left.
+    past = (np.arange(T) > last[:, None])[..., None, None]
+    k, v = (jnp.where(past, 1e4, x) for x in (k, v))
+    got = attention.decode_attention(
+        q[np.arange(B), last],
+        jnp.transpose(k, (0, 2, 3, 1)),
+        jnp.transpose(v, (0, 2, 1, 3)),
+        jnp.asarray(length),
+    )
+    assert got.shape == (B, N, H)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_decode_in_bf16():
+    q, k, v, _ = inputs(jnp.bfloat16)
+    got = attention.decode_attention(
+        q[:, -1],
+        jnp.transpose(k, (0, 2, 3, 1)),
+        jnp.transpose(v, (0, 2, 1, 3)),
+        jnp.full((B,), T),
+    )
+    assert got.dtype == jnp.bfloat16
+    want = plain(q, k, v, np.ones((B, T)))[:, -1]
+    np.testing.assert_allclose(got, want, atol=0.03)
