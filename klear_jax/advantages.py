@@ -6,6 +6,8 @@ deviation of the authors' code (unbiased, + 1e-6); filters from its section 5.2.
 
 import numpy as np
 
+from klear_jax.errors import InputError
+
 
 def group_relative(
     rewards_B: np.ndarray,
@@ -30,16 +32,23 @@ def group_relative(
         advantage_B, float32, in standard deviations (or in rewards).
     """
     rewards_B = np.asarray(rewards_B, np.float64)
+    if rewards_B.shape != np.shape(group_ids_B):
+        raise InputError(
+            f"each reward needs its group: {rewards_B.shape} rewards, "
+            f"{np.shape(group_ids_B)} group ids"
+        )
     advantage_B = np.zeros(rewards_B.shape, np.float64)
     for rows in groups(group_ids_B):
-        reward_R = rewards_B[rows]
+        reward_R = np.sort(rewards_B[rows])  # The order of arrival changes no bit.
         if len(rows) == 1:
             mean, std = 0.0, 1.0
-        elif reward_R.max() == reward_R.min():
+        elif reward_R[0] == reward_R[-1]:
             continue
         else:
             mean, std = reward_R.mean(), reward_R.std(ddof=1)
-        advantage_B[rows] = (reward_R - mean) / ((std + eps) if normalize_std else 1.0)
+        advantage_B[rows] = (rewards_B[rows] - mean) / (
+            (std + eps) if normalize_std else 1.0
+        )
     return advantage_B.astype(np.float32)
 
 
@@ -47,11 +56,7 @@ def groups(group_ids_B: np.ndarray) -> list[np.ndarray]:
     """The row indices of each group, groups in order of first appearance."""
     _, first, inverse_B = np.unique(group_ids_B, return_index=True, return_inverse=True)
     order_B = np.argsort(inverse_B, kind="stable")
-    split = (
-        np.split(order_B, np.cumsum(np.bincount(inverse_B))[:-1])
-        if len(order_B)
-        else []
-    )
+    split = np.split(order_B, np.cumsum(np.bincount(inverse_B))[:-1])
     return [split[i] for i in np.argsort(first)]
 
 

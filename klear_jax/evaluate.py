@@ -3,8 +3,9 @@
     python -m klear_jax.evaluate --config=configs/gppo_tiny.py --workdir=runs/gppo_tiny
 
 evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
-another workdir) as the config's section `evaluation` says, prints the result as JSON and
-writes it to --output, by default evaluation.json in the workdir.
+another workdir; or, with neither, what the config starts from) as the config's section
+`evaluation` says. Prints the result as JSON, and writes it, with the share of right answers
+of each problem, to --output: by default evaluation.json in the workdir.
 """
 
 import dataclasses
@@ -51,6 +52,11 @@ class EvaluationConfig:
             if getattr(self, name) < 0:
                 raise InputError(
                     f"evaluation.{name} must not be negative: {getattr(self, name)}"
+                )
+        for name in ("max_prompt_tokens", "max_new_tokens", "num_slots"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"evaluation.{name} must be at least 1, not {getattr(self, name)}"
                 )
         if not self.num_samples and not self.greedy:
             raise InputError(
@@ -180,6 +186,10 @@ def interval(name: str, value_P: np.ndarray) -> dict[str, float]:
 class CommandConfig:
     """The keys of a training config that this command reads."""
 
+    seed: int
+    init_from: str
+    tokenizer: str
+    model: qwen3.Config
     dtype: str
     mesh: MeshConfig
     rewards: rollout.RewardConfig
@@ -193,25 +203,26 @@ def main(argv: list[str]) -> None:
         "output": "Write the result there instead.",
     }
     flags = config.parse_flags(argv, __doc__, texts)
-    path = flags.model or flags.workdir
+    names = {field.name for field in dataclasses.fields(CommandConfig)}
+    values = flags.config.to_dict()
+    c = config.build(
+        CommandConfig, {name: values[name] for name in names & set(values)}
+    )
     output = flags.output or (
         flags.workdir and epath.Path(flags.workdir) / "evaluation.json"
     )
-    if path is None:
-        raise InputError("name what to evaluate: --workdir=DIR or --model=DIR")
-    names = {field.name for field in dataclasses.fields(CommandConfig)}
-    values = {
-        key: value for key, value in flags.config.to_dict().items() if key in names
-    }
-    c = config.build(CommandConfig, values)
 
-    tokenizer = tokens.load(checkpoint.model_folder(path))
+    path = flags.model or flags.workdir or c.init_from
+    tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
     problems = load_problems(c.evaluation, tokenizer)
-    params, model = checkpoint.load_model(path)
+    if path:
+        params, model = checkpoint.load_model(path)
+    else:
+        params, model = qwen3.init_params(c.model, jax.random.key(c.seed)), c.model
     layout = Layout(make_mesh(c.mesh), c.mesh.rules)
     params = put(params, qwen3.params_shardings(model, layout))
     with rollout.make_pool(c.rewards) as pool:
-        metrics, _ = evaluate(
+        metrics, rollouts = evaluate(
             params,
             model,
             problems,
@@ -221,10 +232,30 @@ def main(argv: list[str]) -> None:
             c.evaluation,
             dtype=jnp.dtype(c.dtype),
         )
-    text = json.dumps(metrics, indent=2)
-    print(text)
+    print(json.dumps(metrics, indent=2))
     if output:
-        epath.Path(output).write_text(text + "\n")
+        metrics["per_problem"] = per_problem(problems, rollouts, c.rewards.full_credit)
+        epath.Path(output).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def per_problem(
+    problems: Mapping[str, Sequence[Any]],
+    rollouts: Sequence[rollout.Rollout],
+    full_credit: float,
+) -> list[dict[str, Any]]:
+    """A dict a problem: what it is, and the share of right answers of each rollout."""
+    num = len(problems["tokens"])
+    shares = [
+        (one.reward_B == full_credit).reshape(num, -1).mean(axis=1) for one in rollouts
+    ]
+    return [
+        {
+            "prompt_id": problems["prompt_ids"][i],
+            "problem": problems["problems"][i],
+            "correct": [float(share[i]) for share in shares],
+        }
+        for i in range(num)
+    ]
 
 
 if __name__ == "__main__":

@@ -234,9 +234,7 @@ def run(config: GppoConfig) -> None:
                     )
             values |= watch.lap()
             writer.write(step, values)
-            writer.write_samples(
-                step, rollout.sample_rows(samples, chosen, rows["advantage"])
-            )
+            writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
             bar.set_postfix(
                 correct=f"{values['reward/correct']:.2f}",
                 length=f"{values['samples/length']:.0f}",

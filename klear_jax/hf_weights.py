@@ -240,7 +240,8 @@ def _open_tensors(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, An
     """Tensor name -> the open file it lies in."""
     if (path / INDEX).exists():
         try:
-            files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+            names = read_json(path / INDEX)["weight_map"].values()
+            files = sorted({str(name) for name in names})
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{path / INDEX} has no 'weight_map' of names") from None
         if outside := [file for file in files if epath.Path(file).name != file]:

@@ -189,6 +189,11 @@ def policy_loss(
         raise InputError(
             f"dual_clip must be at least 1, or None for off, not {dual_clip}"
         )
+    if jnp.ndim(advantage_BT) != jnp.ndim(logp_BT):
+        raise InputError(
+            f"advantage must be [B, T] or [B, 1] beside logp {jnp.shape(logp_BT)}, "
+            f"not {jnp.shape(advantage_BT)}"
+        )
     low, high, log_low, log_high = _bounds(clip_low, clip_high)
 
     weight_BT = jax.lax.stop_gradient(weight_BT)

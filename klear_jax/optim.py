@@ -44,10 +44,15 @@ class OptimConfig:
                 raise InputError(
                     f"optim.{name} must not be negative: {getattr(self, name)}"
                 )
-        for name in ("b1", "b2", "warmup_from", "decay_start"):
+        for name in ("warmup_from", "decay_start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(
                     f"optim.{name} must be in [0, 1], not {getattr(self, name)}"
+                )
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(
+                    f"optim.{name} must be in [0, 1), not {getattr(self, name)}"
                 )
 
 
@@ -61,14 +66,16 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The rate of step 0 .. num_steps - 1; it reaches end_lr at the last one."""
+    """The rate of step 0 .. num_steps - 1; it reaches end_lr at the last one, unless no
+    step is left after warm-up and decay_start."""
     if step < config.warmup_steps:
         share = (
             config.warmup_from + (1 - config.warmup_from) * step / config.warmup_steps
         )
         return config.peak_lr * share
     start = max(config.warmup_steps, config.decay_start * num_steps)
-    done = min(max((step - start) / max(num_steps - 1 - start, 1), 0.0), 1.0)
+    span = num_steps - 1 - start
+    done = min(max((step - start) / span, 0.0), 1.0) if span > 0 else 0.0
     if config.decay == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return config.peak_lr + (config.end_lr - config.peak_lr) * done

@@ -123,7 +123,9 @@ class Param:
 def param_table(config: Config) -> Params:
     """The tree of all parameters, as `Param`s.
 
-    Matrices start with variance 1/fan-in, the embedding with 0.02, norms with 1.
+    Matrices start with variance 1/fan-in, and those that write into the residual stream
+    (wo, w_down) with 1/(2L) of it, as in GPT-2; the embedding as the head that it is in a
+    tied model; norms with 1.
     """
     c = config
     L, D, V, F = c.num_layers, c.width, c.vocab_size, c.mlp_width
@@ -138,36 +140,39 @@ def param_table(config: Config) -> Params:
         name = f"model.layers.{{}}.{name}.weight"
         return Param((L, size), ("layers", axis), None, name, (size,), (size,), (0,))
 
-    def matrix(name, ins, outs):
+    def matrix(name, ins, outs, gain=1.0):
         """`ins` and `outs` are {axis: size}; ours is [L, *ins, *outs], HF's [outs, ins]."""
         shape, axes = (*ins.values(), *outs.values()), (*ins, *outs)
         i, o = len(ins), len(outs)
         return Param(
             shape=(L, *shape),
             axes=("layers", *axes),
-            init_std=math.prod(ins.values()) ** -0.5,
+            init_std=gain * math.prod(ins.values()) ** -0.5,
             hf_name=f"model.layers.{{}}.{name}.weight",
             hf_shape=(math.prod(outs.values()), math.prod(ins.values())),
             hf_dims=(*outs.values(), *ins.values()),
             hf_perm=(*range(o, o + i), *range(o)),
         )
 
+    residual_gain = (2 * L) ** -0.5
     layers = {
         "attn_norm": norm("input_layernorm", "norm", D),
         "wq": matrix("self_attn.q_proj", {"embed": D}, {"heads": N, "head_dim": H}),
         "wk": matrix("self_attn.k_proj", {"embed": D}, {"kv_heads": K, "head_dim": H}),
         "wv": matrix("self_attn.v_proj", {"embed": D}, {"kv_heads": K, "head_dim": H}),
-        "wo": matrix("self_attn.o_proj", {"heads": N, "head_dim": H}, {"embed": D}),
+        "wo": matrix(
+            "self_attn.o_proj", {"heads": N, "head_dim": H}, {"embed": D}, residual_gain
+        ),
         "mlp_norm": norm("post_attention_layernorm", "norm", D),
         "w_gate": matrix("mlp.gate_proj", {"embed": D}, {"mlp": F}),
         "w_up": matrix("mlp.up_proj", {"embed": D}, {"mlp": F}),
-        "w_down": matrix("mlp.down_proj", {"mlp": F}, {"embed": D}),
+        "w_down": matrix("mlp.down_proj", {"mlp": F}, {"embed": D}, residual_gain),
     }
     if c.qk_norm:
         layers["q_norm"] = norm("self_attn.q_norm", "head_dim", H)
         layers["k_norm"] = norm("self_attn.k_norm", "head_dim", H)
     table = {
-        "embed": top("model.embed_tokens.weight", (V, D), ("vocab", "embed"), 0.02),
+        "embed": top("model.embed_tokens.weight", (V, D), ("vocab", "embed"), D**-0.5),
         "layers": layers,
         "final_norm": top("model.norm.weight", (D,), ("norm",), None),
     }
@@ -347,7 +352,7 @@ def forward(
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = ranks_in_segment(segment_ids_BT)
-    x_BTD = embed(params, tokens_BT, dtype)
+    x_BTD = embed(params, tokens_BT, dtype, layout)
     rope = rope_angles(config, positions_BT)
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
@@ -368,9 +373,16 @@ def forward(
 
 
 def embed(
-    params: Params, tokens_BT: jax.Array, dtype: jnp.dtype | None = None
+    params: Params,
+    tokens_BT: jax.Array,
+    dtype: jnp.dtype | None = None,
+    layout: Layout | None = None,
 ) -> jax.Array:
-    x_BTD = params["embed"][tokens_BT]
+    """The embeddings of tokens, [B, T, D]: where the residual stream begins."""
+    # Gathered over fsdp first: looked up by pieces of D, the stream would have to be
+    # turned from split by D to split by row.
+    embed_VD = constrain(params["embed"], layout, "vocab", None)
+    x_BTD = embed_VD[tokens_BT]
     return x_BTD if dtype is None else x_BTD.astype(dtype)
 
 

@@ -157,10 +157,14 @@ def collect(
 def select(rollout: Rollout, config: RolloutConfig, full_credit: float) -> np.ndarray:
     """Indices of the samples to train on, groups whole and in order, [b] int.
 
-    Samples that our own fault left without a reward are out before anything is compared.
-    Then groups that teach nothing are dropped, and what exceeds `max_groups`.
+    Samples that our own fault left without a reward are out before anything is compared,
+    and so is a sample that this leaves without another to compare with. Then groups that
+    teach nothing are dropped, and what exceeds `max_groups`.
     """
-    (scored,) = np.nonzero(np.isfinite(rollout.reward_B))
+    scored_B = np.isfinite(rollout.reward_B)
+    if config.samples_per_prompt > 1:
+        scored_B &= np.bincount(rollout.group_B, scored_B)[rollout.group_B] > 1
+    (scored,) = np.nonzero(scored_B)
     reward_B, group_B = rollout.reward_B[scored], rollout.group_B[scored]
     keep_B = np.ones(len(scored), bool)
     if config.filter == "reward":
@@ -202,7 +206,7 @@ def make_rows(
         "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
         "segment_ids": segment_ids_BT,
         "mask": mask_BT,
-        "advantage": advantage_B[:, None] * mask_BT,
+        "advantage": np.where(mask_BT, advantage_B[:, None], np.float32(0)),
         "behaviour_logp": behaviour_logp_BT,
     }
 
@@ -247,11 +251,14 @@ def sample_metrics(
 ) -> dict[str, float]:
     """What the samples of a step look like, before and after the filter."""
     length_B = np.array([len(sample.tokens) for sample in rollout.samples])
+    scored_B = np.isfinite(rollout.reward_B)
     correct_B = rollout.reward_B == full_credit
     status = [outcome.status for outcome in rollout.outcomes]
     groups = advantages.groups(rollout.group_B)
     return {
-        "reward/mean": float(np.nanmean(rollout.reward_B)),
+        "reward/mean": float(rollout.reward_B[scored_B].mean())
+        if scored_B.any()
+        else np.nan,
         "reward/correct": float(correct_B.mean()),
         "reward/any_correct": float(np.mean([correct_B[g].any() for g in groups])),
         "reward/groups_all_correct": float(
@@ -273,12 +280,15 @@ def sample_metrics(
 
 
 def sample_rows(
-    rollout: Rollout, chosen: np.ndarray, advantage_B: np.ndarray
+    rollout: Rollout, chosen: np.ndarray, rows: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """The samples as they are written to rollouts/: one dict each.
 
-    A sample that was not trained on has the advantage null.
+    A sample that was not trained on has the advantage null; `rows` are those of the
+    others, from `make_rows`.
     """
+    first_B = rows["mask"].argmax(axis=1)  # A row's advantage stands on its response.
+    advantage_B = rows["advantage"][np.arange(len(chosen)), first_B]
     advantage = dict(zip(chosen.tolist(), advantage_B.tolist(), strict=True))
     return [
         {

@@ -10,6 +10,7 @@ Shape letters: B slots, P prompt tokens, T response tokens, V vocabulary, D widt
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -42,7 +43,7 @@ class Sampling:
     top_k: int = 0  # The k most probable tokens; 0: all. Ties with the last one stay.
 
     def __post_init__(self):
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(
                 f"temperature must be 0 (greedy) or more, not {self.temperature}"
             )
@@ -92,6 +93,8 @@ def generate(
         For each prompt, its samples.
     """
     limits = _check(prompts, config, max_new_tokens, num_samples, stop_ids, prompt_ids)
+    if num_slots < 1:
+        raise InputError(f"num_slots must be at least 1, not {num_slots}")
     sampling = Sampling(temperature, top_p, top_k)
     key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
@@ -115,7 +118,7 @@ def generate(
             n = state.count_B[slot]
             samples[i][j] = Sample(
                 tokens=state.tokens_BT[slot, :n].tolist(),
-                logprobs=state.logprobs_BT[slot, :n],
+                logprobs=state.logprobs_BT[slot, :n].copy(),  # Lets go of the rest.
                 finished=bool(state.stopped_B[slot]),
             )
             finished.append((i, j, samples[i][j]))
@@ -173,6 +176,8 @@ def _check(prompts, config, max_new_tokens, num_samples, stop_ids, prompt_ids):
             raise InputError(
                 "prompt_ids repeat: two prompts would share their random numbers"
             )
+        if outside := [i for i in map(int, prompt_ids) if not -(2**31) <= i < 2**31]:
+            raise InputError(f"prompt_ids are int32: {outside[0]} is not")
     return limits
 
 
@@ -321,10 +326,9 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Ar
     """Draws a token from each row of float32 logits, [B] int32, without sorting."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled_BV = logits_BV / sampling.temperature
-    prob_BV = jnp.exp(
-        scaled_BV - scaled_BV.max(axis=-1, keepdims=True)
-    )  # Unnormalised.
+    # The maximum goes first, so that no temperature makes inf - inf. Unnormalised.
+    below_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    prob_BV = jnp.exp(below_BV / sampling.temperature)
     if 0 < sampling.top_k < prob_BV.shape[-1]:
         prob_BV = _keep_largest(
             prob_BV, lambda keep_BV: keep_BV.sum(axis=-1) >= sampling.top_k

@@ -3,7 +3,7 @@
 A batch is a dict of arrays [M, B, ...]: M micro-batches of B rows, where B lies on the
 batch axes of the mesh, so that every micro-batch spans all devices. How many of the M are
 real is an argument, traced: one program serves every count, and rows or micro-batches of
-weight 0 add nothing. jit, shardings and donation are applied once, by `compile_step`.
+weight 0 add nothing. jit, shardings and donation are applied once, by `compile_train_step`.
 """
 
 from collections.abc import Callable

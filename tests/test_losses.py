@@ -340,6 +340,18 @@ def test_dual_clip(ratio, beta_low, dual_clip, value, slope, region):
         assert metrics[f"tokens_{name}"] == (name == region)
 
 
+@pytest.mark.parametrize(
+    "bound, advantage, beyond", [(LOW, -1.0, 0), (HIGH, 1.0, 1), (3.0, -1.0, 1)]
+)
+def test_a_region_begins_at_its_bound(bound, advantage, beyond):
+    x = math.log(bound) + np.array([-2e-6, 2e-6])
+    _, grad = token_losses(
+        x, [0.0] * 2, [advantage] * 2, kind="clip_higher", dual_clip=3.0
+    )
+    assert grad[beyond] == 0
+    np.testing.assert_allclose(grad[1 - beyond], -advantage * bound, rtol=5e-6)
+
+
 def printed_form(
     logp, old_logp, advantage, kind, dual_clip, beta_low=1.0, beta_high=1.0
 ):

@@ -116,17 +116,14 @@ def test_greedy_tokens_are_those_of_transformers(parity):
 # ---- Rows, padding and segments.
 
 
-init = jax.jit(qwen3.init_params, static_argnames="config")
-
-
 @pytest.fixture(scope="module")
 def small():
-    return init(SMALL, jax.random.key(0))
+    return qwen3.init_params(SMALL, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return init(LLAMA, jax.random.key(0))
+    return qwen3.init_params(LLAMA, jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnames=("remat", "dtype"))
@@ -333,15 +330,15 @@ def test_presets_have_the_published_number_of_parameters(name, total):
 
 
 def test_init_depends_on_name_and_key(small, llama):
-    other = init(SMALL, jax.random.key(1))
+    other = qwen3.init_params(SMALL, jax.random.key(1))
     assert not np.array_equal(other["layers"]["wq"], small["layers"]["wq"])
     assert not np.array_equal(small["layers"]["w_gate"], small["layers"]["w_up"])
     # What else there is to initialise changes nothing.
     assert set(small["layers"]) - set(llama["layers"]) == {"q_norm", "k_norm"}
     assert set(llama) - set(small) == {"lm_head"}
-    np.testing.assert_allclose(llama["embed"], small["embed"], rtol=1e-6)
+    np.testing.assert_array_equal(llama["embed"], small["embed"])
     for name, value in llama["layers"].items():
-        np.testing.assert_allclose(value, small["layers"][name], rtol=1e-6)
+        np.testing.assert_array_equal(value, small["layers"][name])
 
 
 def test_init_scale(small, llama):
@@ -353,8 +350,8 @@ def test_init_scale(small, llama):
         std = fan_in.get(name, SMALL.width) ** -0.5
         np.testing.assert_allclose(value.std(), std, rtol=0.06, err_msg=name)
     np.testing.assert_array_equal(small["final_norm"], 1)
-    np.testing.assert_allclose(small["embed"].std(), 0.02, rtol=0.06)
-    np.testing.assert_allclose(llama["lm_head"].std(), 24**-0.5, rtol=0.06)
+    for table in (small["embed"], llama["lm_head"]):
+        np.testing.assert_allclose(table.std(), 24**-0.5, rtol=0.06)
     assert {x.dtype for x in jax.tree.leaves(llama)} == {np.dtype("float32")}
 
 

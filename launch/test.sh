@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv, and runs them on CPU. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+setup ".[test]"
+ruff check --quiet .
+ruff format --quiet --check .
+python -m pytest --numprocesses="${TEST_PROCESSES:-2}" "$@"

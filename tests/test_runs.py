@@ -1,0 +1,181 @@
+"""Whole runs: what is killed and resumed equals what ran through, and bad input stops early."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import gppo_tiny, sft_tiny
+from klear_jax import checkpoint, export, hf_weights, metrics, prepare_data, train
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Sharding info not provided when restoring.*"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data set and its tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    settings = {
+        "task": "chain_sum",
+        "num_problems": 400,
+        "seed": 0,
+        "direct_share": 0.5,
+        "generator": {},
+    }
+    prepare_data.prepare(folder, settings)
+    return folder
+
+
+def small(config, data):
+    """A tiny config, made smaller still: 6 steps in seconds."""
+    c = config.unlock()
+    c.tokenizer = str(data / "tokenizer")
+    c.data.path = c.evaluation.data = str(data / "arithmetic" / "1.0.0")
+    c.model.width, c.model.num_layers, c.model.mlp_width = 32, 2, 64
+    c.model.num_heads, c.model.num_kv_heads, c.model.head_dim = 2, 1, 16
+    c.mesh.fsdp = 2
+    c.mesh.data, c.mesh.tensor = -1, 1
+    c.num_steps = 6
+    c.checkpoint.every = 3
+    c.evaluation.num_problems, c.evaluation.num_samples = 4, 2
+    c.rewards.num_workers = 1
+    return c
+
+
+def start(config, workdir):
+    """What `python -m klear_jax.train` does after its flags."""
+    values = config.to_dict() | {"workdir": str(workdir)}
+    task, parsed = train.parse(values)
+    train.prepare_workdir(values, parsed)
+    train.TASKS[task][1](parsed)
+
+
+class Killed(Exception):
+    pass
+
+
+def start_and_kill(config, workdir, monkeypatch, at_step):
+    """Dies as the metrics of `at_step` are written, after the checkpoint before it."""
+    write = metrics.Writer.write
+
+    def write_or_die(self, step, values):
+        if step == at_step:
+            raise Killed
+        write(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "write", write_or_die)
+        with pytest.raises(Killed):
+            start(config, workdir)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in pathlib.Path(path).open()]
+
+
+def without_times(lines):
+    return [
+        {key: value for key, value in line.items() if not key.startswith("seconds")}
+        for line in lines
+    ]
+
+
+def assert_same_run(one, other):
+    """Parameters, metrics and samples of two workdirs, bit for bit."""
+    (params, model), (others, same_model) = map(checkpoint.load_model, (one, other))
+    assert model == same_model
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+    lines, other_lines = (
+        without_times(read_lines(w / "metrics.jsonl")) for w in (one, other)
+    )
+    assert [line["step"] for line in lines] == list(range(6))
+    assert lines == other_lines
+    files, other_files = (sorted((w / "rollouts").glob("*")) for w in (one, other))
+    assert [f.name for f in files] == [f.name for f in other_files]
+    assert [f.read_text() for f in files] == [f.read_text() for f in other_files]
+
+
+@pytest.fixture(scope="module")
+def sft_run(data, tmp_path_factory):
+    """The workdir of an undisturbed SFT run of 6 steps, and its config."""
+    workdir = tmp_path_factory.mktemp("sft") / "run"
+    config = small(sft_tiny.get_config(), data)
+    config.evaluation.every = 6
+    start(config, workdir)
+    return workdir, config
+
+
+@pytest.fixture(scope="module")
+def gppo_run(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("gppo") / "run"
+    config = small(gppo_tiny.get_config(), data)
+    config.init_from = ""
+    config.rollout.prompts = config.rollout.max_groups = 8
+    config.rollout.filter = "none"  # An untrained model is never right.
+    config.minibatch_prompts, config.micro_rows = 4, 32
+    config.rollout.max_new_tokens = config.evaluation.max_new_tokens = 12
+    start(config, workdir)
+    return workdir, config
+
+
+def test_sft_learns_and_writes(sft_run):
+    workdir, _ = sft_run
+    lines = read_lines(workdir / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] < 7.0  # ln 320 = 5.77.
+    assert 0 <= lines[-1]["eval/accuracy"] <= 1
+    assert "eval/accuracy" not in lines[0]
+    assert {p.name for p in workdir.iterdir()} >= {
+        "config.json",
+        "model",
+        "checkpoints",
+    }
+
+
+def test_sft_killed_and_resumed_equals_undisturbed(sft_run, tmp_path, monkeypatch):
+    workdir, config = sft_run
+    start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
+    start(config, tmp_path / "run")
+    assert_same_run(workdir, tmp_path / "run")
+
+
+def test_gppo_killed_and_resumed_equals_undisturbed(gppo_run, tmp_path, monkeypatch):
+    workdir, config = gppo_run
+    start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
+    start(config, tmp_path / "run")
+    assert_same_run(workdir, tmp_path / "run")
+
+
+def test_gppo_samples_and_metrics_agree(gppo_run):
+    workdir, _ = gppo_run
+    for line in read_lines(workdir / "metrics.jsonl"):
+        samples = read_lines(workdir / "rollouts" / f"step_{line['step']:06d}.jsonl")
+        assert len(samples) == line["samples/generated"] == 64
+        rewards = [sample["reward"] for sample in samples]
+        np.testing.assert_allclose(np.mean(rewards), line["reward/mean"], rtol=1e-6)
+        assert sum(s["num_tokens"] for s in samples) == line["samples/tokens"]
+        assert line["updates"] == 2
+        assert line["logprob_gap/max"] < 1e-4
+        assert {"prompt", "response", "reward", "advantage"} <= samples[0].keys()
+
+
+def test_finished_run_does_nothing_again(sft_run):
+    workdir, config = sft_run
+    before = (workdir / "metrics.jsonl").read_text()
+    start(config, workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_export_of_a_run(gppo_run, tmp_path):
+    workdir, _ = gppo_run
+    export.export(str(workdir), str(tmp_path / "out"), np.dtype("float32"))
+    params, model = hf_weights.load(tmp_path / "out", dtype=np.float32)
+    trained, trained_model = checkpoint.load_model(workdir)
+    assert model == trained_model
+    jax.tree.map(np.testing.assert_array_equal, params, trained)
+    assert (tmp_path / "out" / "tokenizer.model").exists()
+    with pytest.raises(Exception, match="already holds a model"):
+        export.export(str(workdir), str(tmp_path / "out"), np.dtype("float32"))
