@@ -9,26 +9,26 @@ gppo_8b; numbers that differ are our own, found on this task.
 
 import ml_collections
 
-from configs import sft_tiny
+from configs import sections, sft_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:
-    sft = sft_tiny.get_config()
+    sft = sft_tiny.get_config()  # Keys that are taken from it are explained there.
     c = ml_collections.ConfigDict()
     c.task = "gppo"
-    c.seed = 0
+    c.seed = 0  # Of the order of the data and of the samples.
     c.workdir = "runs/gppo_tiny"
-    c.init_from = "runs/sft_tiny"
+    c.init_from = "runs/sft_tiny"  # A Hugging Face folder or a workdir.
     c.tokenizer = sft.tokenizer
     c.model = sft.model
-    c.dtype = "float32"
-    c.remat = False
+    c.dtype = sft.dtype
+    c.remat = sft.remat
     c.mesh = sft.mesh
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = "runs/data/arithmetic/1.0.0"
-    c.data.split = "rl"
-    c.data.too_long = "error"
+    c.data.path = "runs/data/arithmetic/1.0.0"  # A TFDS version folder or JSON lines.
+    c.data.split = "rl"  # '' for JSON lines, which have none.
+    c.data.too_long = "error"  # A longer prompt: 'error' or 'truncate_left'.
 
     c.rollout = ml_collections.ConfigDict()
     c.rollout.prompts = 32  # Generated a step.
@@ -37,26 +37,17 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.max_prompt_tokens = 24
     c.rollout.max_new_tokens = 40
     c.rollout.temperature = 1.0
-    c.rollout.top_p = 1.0
-    c.rollout.top_k = 0
-    c.rollout.num_slots = 256
-    c.rollout.filter = "reward"
-    c.rollout.normalize_std = True
+    c.rollout.top_p = 1.0  # 1: all tokens.
+    c.rollout.top_k = 0  # 0: all tokens.
+    c.rollout.num_slots = 256  # Sequences decoded at once.
+    c.rollout.filter = "reward"  # Drop groups of equal 'reward', 'accuracy'; or 'none'.
+    c.rollout.normalize_std = True  # Advantages over the group's standard deviation.
 
     c.rewards = sft.rewards
-
-    c.loss = ml_collections.ConfigDict()
-    c.loss.kind = "gppo"
-    c.loss.clip_low = 0.2
-    c.loss.clip_high = 0.28
-    c.loss.beta_low = 1.0
-    c.loss.beta_high = 1.0
-    c.loss.dual_clip = 10.0
-    c.loss.aggregation = "token_mean"
-    c.loss.positive_coef = 0.1
+    c.loss = sections.gppo_loss()
     c.minibatch_prompts = 8  # Groups of one optimizer update.
-    c.micro_rows = 64
-    c.num_steps = 60
+    c.micro_rows = 64  # Rows of one forward and backward pass, over all devices.
+    c.num_steps = 60  # Rollout batches.
 
     c.optim = ml_collections.ConfigDict()
     c.optim.peak_lr = 3e-4
@@ -73,6 +64,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.evaluation = sft.evaluation
     c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 20
+    c.checkpoint.every = 20  # Rollout batches; the last is always saved.
     c.checkpoint.keep = 2
     return c

@@ -4,17 +4,26 @@ frozen dataclasses on the other. What does not fit is one sentence that names th
 
 import dataclasses
 import difflib
+import importlib.machinery
 import json
+import pathlib
+import re
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
 from klear_jax.errors import InputError
+
+CONFIG_FILE = (
+    "A file whose get_config() returns the config, such as configs/gppo_tiny.py."
+)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -30,79 +39,179 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
 def parse_flags(
     argv: Sequence[str], doc: str, texts: Mapping[str, str], *, with_config: bool = True
-) -> flags.FlagValues:
+) -> types.SimpleNamespace:
     """Parses a command line of --config=FILE, --config.KEY=VALUE and text flags.
+
+    --help prints `doc` and the flags, and exits.
 
     Args:
         argv: sys.argv.
         doc: what --help says.
         texts: name -> help of the other flags; each is text, and None if not given.
         with_config: whether the command takes --config, which is then required.
+
+    Returns:
+        The text flags by name, and `config`: a locked ConfigDict.
+
+    Raises:
+        InputError: whatever does not fit, the config file included.
     """
-    values = flags.FlagValues()
     if with_config:
-        config_flags.DEFINE_config_file(
-            "config", None, "Config file.", flag_values=values
-        )
+        texts = {"config": CONFIG_FILE} | dict(texts)
+    named = flags.FlagValues()
     for name, text in texts.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
-    flags.DEFINE_boolean("help", False, "Show this.", flag_values=values)
+        flags.DEFINE_string(name, None, text, flag_values=named)
+    flags.DEFINE_boolean("help", False, "Show this.", flag_values=named)
+    named.set_gnu_getopt(True)  # Flags may follow a value that stands alone.
     try:
-        rest = values(list(argv))[1:]
-        if values.help:
-            print(f"{doc}\nFlags:\n{values.main_module_help() or values.get_help()}")
-            sys.exit(0)
-        config = values.config if with_config else None
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:
-        raise InputError(f"in the flags: {_first_line(error)}") from error
-    except (SyntaxError, ImportError, NameError) as error:
-        raise InputError(f"the config file cannot be run: {error}") from error
-    if rest:
-        raise InputError(f"unknown arguments {rest}: flags begin with --")
-    if with_config and config is None:
+        rest = named(list(argv), known_only=True)
+    except flags.Error as error:
+        raise InputError(f"in the flags: {_first_line(error)}") from None
+    if named.help:
+        lines = [f"  --{name}: {text}" for name, text in texts.items()]
+        if with_config:
+            lines.insert(
+                1, "  --config.KEY=VALUE: a value of it, in place of the file's."
+            )
+        print("\n".join([doc, "Flags:", *lines]))
+        sys.exit(0)
+    found = types.SimpleNamespace(**{name: named[name].value for name in texts})
+    for arg in rest[1:]:
+        name = re.sub(r"^--?|=.*", "", arg)
+        if arg.startswith("-") and not (with_config and _override_key(arg)):
+            raise InputError(f"unknown flag --{name}{_did_you_mean(name, texts)}")
+    if with_config:
+        if not found.config:
+            raise InputError(
+                "--config=FILE is missing, for instance --config=configs/gppo_tiny.py"
+            )
+        found.config, rest = _override(_load_config(found.config), rest)
+    if rest[1:]:
+        raise InputError(f"unknown arguments {rest[1:]}: flags begin with --")
+    return found
+
+
+def _load_config(path: str) -> ml_collections.ConfigDict:
+    """What the file's get_config() returns; whatever goes wrong in it names the line."""
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"there is no config file {path}")
+    module = types.ModuleType("config_file")
+    try:
+        importlib.machinery.SourceFileLoader("config_file", path).exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError("it has no function get_config")
+        config = module.get_config()
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines = [error.lineno]
+        where = f"{path}, line {lines[-1]}," if lines else path
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         raise InputError(
-            "--config=FILE is missing, for instance --config=configs/gppo_tiny.py"
+            f"the config file {where} fails: {kind}{_first_line(error)}"
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"get_config() of {path} must return a ConfigDict, not {config!r}"
         )
-    return values
+    return config.lock()
+
+
+def _override_key(arg: str) -> str | None:
+    """'--config.rollout.prompts=3' -> 'rollout.prompts'; None for other arguments."""
+    match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+    return match and match[1]
+
+
+def _override(
+    config: ml_collections.ConfigDict, argv: Sequence[str]
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config with the overrides of a command line, and the arguments that are left."""
+    for key in filter(None, map(_override_key, argv[1:])):
+        _check_key(config, key)
+    for kind, parser in (
+        (int, flags.IntegerParser()),
+        (float, flags.FloatParser()),
+        (bool, flags.BooleanParser()),
+    ):
+        config_flags.register_flag_parser_for_type(kind, _ValueParser(kind, parser))
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=list(argv)
+        )
+        rest = values(list(argv))
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(f"in the flags: {_first_line(error)}") from None
+    return values.config, rest
+
+
+def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
+    """Raises unless the config has this key, and a type for it."""
+    where, node, names = "config", config, key.split(".")
+    for name in names:
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise InputError(f"{where} is no section, so there is no config.{key}")
+        if name not in node:
+            raise InputError(f"unknown key {where}.{name}{_did_you_mean(name, node)}")
+        where, parent, node = f"{where}.{name}", node, node[name]
+    if parent.get_type(names[-1]) is type(None):
+        raise InputError(
+            f"{where} is None in the config file, which gives it no type: change it there"
+        )
+
+
+class _ValueParser(flags.ArgumentParser):
+    """A value of `kind`, or None: whether the key may be None, `build` says."""
+
+    def __init__(self, kind: type, parser: flags.ArgumentParser):
+        super().__init__()
+        self._kind, self._parser = kind, parser
+
+    def parse(self, argument: Any) -> Any:
+        if argument in (None, "None"):
+            return None
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"must be of type {self._kind.__name__}") from None
 
 
 def _first_line(error: Exception) -> str:
-    return (
-        str(error).strip().splitlines()[0]
-        if str(error).strip()
-        else type(error).__name__
-    )
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(known)}"
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
     """A nested mapping -> a frozen dataclass, every key checked.
 
     Raises:
-        InputError: an unknown, missing or wrongly typed key, by its full name.
+        InputError: an unknown, missing or wrongly typed key, by its full name, or what
+            the dataclass itself refuses, by its section.
     """
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - set(hints)):
-        close = difflib.get_close_matches(unknown[0], hints, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; it has {sorted(hints)}"
-        raise InputError(f"unknown key {where}.{unknown[0]}{hint}")
+        raise InputError(
+            f"unknown key {where}.{unknown[0]}{_did_you_mean(unknown[0], hints)}"
+        )
     required = {
         f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING
     }
     if missing := sorted(required - set(values)):
         raise InputError(f"{where}.{missing[0]} is not set")
-    return cls(
-        **{
-            key: _convert(hints[key], value, f"{where}.{key}")
-            for key, value in values.items()
-        }
-    )
+    fields = {
+        key: _convert(hints[key], value, f"{where}.{key}")
+        for key, value in values.items()
+    }
+    try:
+        return cls(**fields)
+    except InputError as error:
+        raise InputError(f"in {where}: {error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -118,6 +227,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where} must be a section of keys, not {value!r}")
         return build(hint, value, where)
     if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} must be a section of keys, not {value!r}")
         inner = typing.get_args(hint)[1]
         return {
             key: _convert(inner, item, f"{where}.{key}") for key, item in value.items()

@@ -33,10 +33,12 @@ def plain(q, k, v, segments):
     return out
 
 
-def test_same_as_plain_softmax():
-    q, k, v, _ = inputs()
+@pytest.mark.parametrize("scale, atol", [(2.0, 5e-6), (60.0, 0.1)])
+def test_same_as_plain_softmax(scale, atol):
+    """Also where real scores are about -1e4, below many a stand-in for minus infinity."""
+    q, k, v, _ = inputs(scale=scale)
     got = jax.jit(attention.attention)(q, k, v, SEGMENTS)
-    np.testing.assert_allclose(got, plain(q, k, v, SEGMENTS), atol=5e-6)
+    np.testing.assert_allclose(got, plain(q, k, v, SEGMENTS), atol=atol)
 
 
 def test_bf16_keeps_its_dtype_and_float32_scores():
@@ -80,7 +82,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
 
 
 def test_long_rows_never_hold_all_scores():
-    tokens = 4096
+    tokens = 8192
     shape = jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32)
     segments = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
@@ -93,7 +95,7 @@ def test_long_rows_never_hold_all_scores():
     temp = compiled.compile().memory_analysis().temp_size_in_bytes
     all_scores = 4 * tokens * tokens * 4
     # A few float32 [block, T] of the backward pass, and the inputs in other orders.
-    assert temp < 0.6 * all_scores, (temp, all_scores)
+    assert temp < 0.3 * all_scores, (temp, all_scores)
 
 
 def test_padding_is_harmless():

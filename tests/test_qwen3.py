@@ -342,12 +342,14 @@ def test_init_depends_on_name_and_key(small, llama):
 
 
 def test_init_scale(small, llama):
-    fan_in = {"wo": SMALL.num_heads * SMALL.head_dim, "w_down": SMALL.mlp_width}
+    # What writes into the residual stream is divided by sqrt(2 x layers) = 2.
+    heads = SMALL.num_heads * SMALL.head_dim
+    residual = {"wo": heads**-0.5 / 2, "w_down": SMALL.mlp_width**-0.5 / 2}
     for name, value in small["layers"].items():
         if "norm" in name:
             np.testing.assert_array_equal(value, 1)
             continue
-        std = fan_in.get(name, SMALL.width) ** -0.5
+        std = residual.get(name, SMALL.width**-0.5)
         np.testing.assert_allclose(value.std(), std, rtol=0.06, err_msg=name)
     np.testing.assert_array_equal(small["final_norm"], 1)
     for table in (small["embed"], llama["lm_head"]):

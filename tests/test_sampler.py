@@ -50,8 +50,14 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def params():
-    params = qwen3.init_params(CONFIG, jax.random.key(0))
-    params["lm_head"] *= 3  # Entropy of about half the maximum.
+    rng = np.random.default_rng(0)
+
+    def init(param):
+        x = rng.normal(1 if param.init_std is None else 0, 0.25, param.shape)
+        return jnp.asarray(x, jnp.float32)
+
+    params = jax.tree.map(init, qwen3.param_table(CONFIG))
+    params["lm_head"] *= 2  # Half the entropy of a flat distribution, about.
     return params
 
 
@@ -59,20 +65,43 @@ def tokens_of(groups):
     return [[sample.tokens for sample in group] for group in groups]
 
 
-def test_greedy_is_the_argmax_of_a_whole_forward(params):
-    groups = sampler.generate(
-        params, CONFIG, PROMPTS, max_new_tokens=N, temperature=0.0
-    )
+@pytest.fixture(scope="module")
+def greedy(params):
+    """The most probable tokens by whole forward passes, a token a pass: [N] a prompt."""
+
+    @jax.jit
+    def best(rows):
+        return jnp.argmax(qwen3.forward(params, CONFIG, rows) @ params["lm_head"].T, -1)
+
     rows = np.zeros((len(PROMPTS), 32), np.int32)
-    for row, prompt, (sample,) in zip(rows, PROMPTS, groups, strict=True):
-        row[: len(prompt) + N] = prompt + sample.tokens
-    hidden = jax.jit(functools.partial(qwen3.forward, config=CONFIG))(
-        params, tokens_BT=rows
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    for n in range(N):
+        place = np.arange(len(rows)), lengths + n - 1
+        rows[place[0], place[1] + 1] = np.asarray(best(rows))[place]
+    return [row[n:][:N].tolist() for row, n in zip(rows, lengths, strict=True)]
+
+
+def test_greedy_is_the_argmax_and_a_stop_token_belongs_to_its_row(params, greedy):
+    stop, limits = greedy[0][4], [5, N, 1, 7, N]
+    groups = sampler.generate(
+        params,
+        CONFIG,
+        PROMPTS,
+        max_new_tokens=limits,
+        temperature=0.0,
+        stop_ids=(stop,),
     )
-    best = np.argmax(hidden @ params["lm_head"].T, axis=-1)
-    for row, prompt, (sample,) in zip(best, PROMPTS, groups, strict=True):
-        assert sample.tokens == row[len(prompt) - 1 :][:N].tolist()
-        assert not sample.finished
+    for whole, limit, (sample,) in zip(greedy, limits, groups, strict=True):
+        want = whole[:limit]
+        if ends := stop in want:  # Also when it is the last token allowed.
+            want = want[: want.index(stop) + 1]
+        assert sample.tokens == want
+        assert sample.finished == ends
+        assert len(sample.logprobs) == len(want)
+    assert groups[0][0].finished
+    assert not all(group[0].finished for group in groups)
 
 
 SAMPLED = {"max_new_tokens": N, "num_samples": 2, "stop_ids": (5, 50, 70, 71), "seed": 7}
@@ -121,9 +150,10 @@ def score(params, tokens, mask):
 
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(
-    order=st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True),
+    # With the longest prompt always, for few shapes to compile.
+    order=st.sets(st.integers(0, 3)).flatmap(lambda s: st.permutations([*s, 4])),
     num_samples=st.integers(1, 2),
-    num_slots=st.sampled_from([1, 3, 8]),
+    num_slots=st.sampled_from([1, 2, 4]),
     limits=st.lists(st.integers(1, N), min_size=5, max_size=5),
 )
 def test_a_sample_depends_on_its_own_request_only(
@@ -150,11 +180,11 @@ def test_a_sample_depends_on_its_own_request_only(
 
 
 def test_seed_prompt_and_sample_make_the_difference(params):
-    prompt = PROMPTS[1]
+    prompt = PROMPTS[4]
 
     def one(**other):
         groups = sampler.generate(
-            params, CONFIG, [prompt, prompt], **SAMPLED | {"stop_ids": ()} | other
+            params, CONFIG, [prompt, prompt], **SAMPLED | other
         )
         return [tuple(tokens) for group in tokens_of(groups) for tokens in group]
 
@@ -164,23 +194,6 @@ def test_seed_prompt_and_sample_make_the_difference(params):
     assert set(base).isdisjoint(one(prompt_ids=[-3, 2**31 - 1]))
     assert one(prompt_ids=[1, 0]) == base[2:] + base[:2]
     assert one(seed=jax.random.key(7)) == one(seed=np.int64(7)) == base
-
-
-def test_a_stop_token_ends_its_row_and_belongs_to_it(params):
-    free = tokens_of(
-        sampler.generate(params, CONFIG, PROMPTS, max_new_tokens=N, temperature=0.0)
-    )
-    stops = (free[0][0][4], free[2][0][0], free[3][0][-1])
-    got = sampler.generate(
-        params, CONFIG, PROMPTS, max_new_tokens=N, temperature=0.0, stop_ids=stops
-    )
-    for (whole,), (sample,) in zip(free, got, strict=True):
-        ends = [n for n, token in enumerate(whole) if token in stops]
-        length = ends[0] + 1 if ends else N
-        assert sample.tokens == whole[:length]
-        assert sample.finished == bool(ends)  # Also when it is the last token allowed.
-        assert len(sample.logprobs) == length
-    assert len(got[2][0].tokens) == 1
 
 
 def test_nothing_to_do(params):
@@ -203,25 +216,26 @@ def test_on_wave_hands_out_every_sample_once(params, num_slots):
     assert all(sample is got[i][j] for (i, j), sample in found.items())
 
 
-def test_one_bucket_is_compiled_once(params):
-    def run(lengths, **other):
-        prompts = [PROMPTS[4][:n] for n in lengths]
-        sampler.generate(params, CONFIG, prompts, **SAMPLED | other)
-        return sampler._run_wave._cache_size()
+def test_one_bucket_is_compiled_once(params, sampled):
+    def run(prompts, **other):
+        return sampler.generate(params, CONFIG, prompts, **SAMPLED | other)
 
-    before = run([3, 7])
-    assert run([16, 1], seed=1) == before
-    assert run([2, 2], max_new_tokens=[1, 16], stop_ids=(1, 2, 3, 4)) == before
-    assert run([2], num_samples=3) == before
-    assert run([2], num_samples=9, num_slots=4) == before
-    assert run([2], num_samples=9) == before + 1  # 16 slots.
+    size = sampler._run_wave._cache_size
+    first = run([PROMPTS[0], PROMPTS[2]])  # 4 slots, prompts of 16, 32 tokens in all.
+    before = size()
+    run([[1, 2, 3], [4]], seed=1, max_new_tokens=[14, 1], stop_ids=(1, 2, 3, 4))
+    run([[1, 2, 3]], num_samples=3, max_new_tokens=29)
+    run([[1, 2, 3]], num_samples=9, max_new_tokens=29, num_slots=4)
+    assert size() == before
+    # Another bucket than that of `sampled`, and the same samples.
+    assert tokens_of(first)[0] == tokens_of(sampled)[0]
 
 
 def test_sharded_parameters_give_the_same_samples(params, sampled):
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2, RULES))
     layout = sharding.Layout(mesh, RULES)
     spread = sharding.put(params, qwen3.params_shardings(CONFIG, layout))
-    assert len({s.index for s in spread["lm_head"].addressable_shards}) == 4
+    assert len({str(s.index) for s in spread["lm_head"].addressable_shards}) == 4
     got = sampler.generate(spread, CONFIG, PROMPTS, **SAMPLED, layout=layout)
     assert tokens_of(got) == tokens_of(sampled)
     for group, want in zip(got, sampled, strict=True):
@@ -263,50 +277,54 @@ def rows_of_logits(size):
     )
 
 
-@pytest.mark.parametrize("size", [7, 300, 1000])  # Less than a block, and more than two.
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(),
-        Sampling(temperature=0.6),
-        Sampling(top_k=5),
-        Sampling(top_p=0.77),
-        Sampling(temperature=1.3, top_k=40, top_p=0.9),
-        Sampling(top_k=1),
-        Sampling(top_p=1e-6),
-        Sampling(temperature=1e-30),
-    ],
-    ids=str,
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=0.6),
+    Sampling(top_k=5),
+    Sampling(top_p=0.77),
+    Sampling(temperature=1.3, top_k=40, top_p=0.9),
+    Sampling(top_k=1),
+    Sampling(top_p=1e-6),
+    Sampling(temperature=1e-30),
 )
-def test_choose_draws_from_the_exact_distribution(size, sampling):
+
+
+# A vocabulary of less than a block of the sum, and one of more than two blocks.
+@pytest.mark.parametrize("size, draws", [(7, 20_000), (300, 200_000)])
+def test_choose_draws_from_the_exact_distribution(size, draws):
     rows = rows_of_logits(size)
-    draws = 200_000 if sampling.temperature > 1e-3 and size == 300 else 5_000
 
     @jax.jit
     def draw(keys):
-        return jax.lax.map(
-            lambda key: sampler.choose(
-                jnp.asarray(rows), jax.random.split(key, len(rows)), sampling
-            ),
-            keys,
-            batch_size=1000,
-        )
+        def one(key):
+            keys = jax.random.split(key, len(rows))
+            return [sampler.choose(jnp.asarray(rows), keys, s) for s in SAMPLINGS]
 
-    found = np.asarray(draw(jax.random.split(jax.random.key(size), draws)))
-    assert found.min() >= 0
-    assert found.max() < size
-    for row, column in zip(rows, found.T, strict=True):
-        probs = exact(row, sampling)
-        count = np.bincount(column, minlength=size)
-        assert not count[probs == 0].any()
-        want = draws * probs
-        often = want >= 5
-        # The rare ones are one cell together.
-        want = np.append(want[often], want[~often].sum())
-        count = np.append(count[often], count[~often].sum())
-        chi2 = np.sum((count - want) ** 2 / np.maximum(want, 1e-9))
-        freedom = max(often.sum() - (want[-1] == 0), 0)
-        assert chi2 <= freedom + 4 * np.sqrt(2 * freedom) + 1e-9
+        return jax.lax.map(one, keys, batch_size=1000)
+
+    drawn = draw(jax.random.split(jax.random.key(size), draws))
+    for sampling, found in zip(SAMPLINGS, map(np.asarray, drawn), strict=True):
+        assert found.min() >= 0
+        assert found.max() < size
+        for row, column in zip(rows, found.T, strict=True):
+            probs = exact(row, sampling)
+            count = np.bincount(column, minlength=size)
+            assert not count[probs == 0].any()
+            assert deviation(count, draws * probs) < 4.5
+
+
+def deviation(count, want):
+    """Pearson's chi-square in standard deviations, after Wilson and Hilferty."""
+    often = want >= 5  # The rare ones are one cell together.
+    want = np.append(want[often], want[~often].sum())
+    count = np.append(count[often], count[~often].sum())
+    chi2 = np.sum((count - want) ** 2 / np.maximum(want, 1e-9))
+    freedom = np.sum(want > 0) - 1
+    if freedom == 0:
+        assert chi2 == 0
+        return 0.0
+    spread = 2 / (9 * freedom)
+    return ((chi2 / freedom) ** (1 / 3) - (1 - spread)) / np.sqrt(spread)
 
 
 def test_choose_at_temperature_0_takes_the_first_of_the_most_probable():

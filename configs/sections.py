@@ -1,0 +1,85 @@
+"""Sections that several configs share; each key's unit, choices and source stand here.
+
+Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
+Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_math.sh and what it calls; [ours].
+"""
+
+import dataclasses
+
+import ml_collections
+from ml_collections import config_dict
+
+from klear_jax import qwen3
+
+
+def model(config: qwen3.Config) -> ml_collections.ConfigDict:
+    """The section `model`: an architecture, whose fields `qwen3.Config` explains."""
+    c = ml_collections.ConfigDict(dataclasses.asdict(config))
+    c.yarn = config_dict.placeholder(ml_collections.ConfigDict)  # None, or qwen3.Yarn.
+    return c
+
+
+def mesh(data: int, fsdp: int, tensor: int) -> ml_collections.ConfigDict:
+    """The section `mesh`: how many devices each mesh axis has, and what lies on which.
+
+    Args:
+        data: replicas of the train state; on several slices, the slices.
+        fsdp: shards of the batch and of the train state.
+        tensor: shards of heads, MLP and vocabulary; must divide the KV heads.
+            One of the three may be -1: all devices that are left.
+    """
+    c = ml_collections.ConfigDict()
+    c.data, c.fsdp, c.tensor = data, fsdp, tensor
+    c.rules = ml_collections.ConfigDict()  # Logical axis -> mesh axes; (): not split.
+    # Activations.
+    c.rules.batch = ("data", "fsdp")
+    c.rules.seq = ()
+    c.rules.residual = ("tensor",)  # The stream kept between layers for the backward.
+    # Weights; heads, kv_heads and mlp also of activations.
+    c.rules.layers = ()  # The axis that the scan over layers walks.
+    c.rules.embed = ("fsdp",)
+    c.rules.vocab = ("tensor",)
+    c.rules.heads = ("tensor",)
+    c.rules.kv_heads = ("tensor",)
+    c.rules.mlp = ("tensor",)
+    c.rules.head_dim = ()
+    c.rules.norm = ()
+    return c
+
+
+def math_rewards(num_workers: int) -> ml_collections.ConfigDict:
+    """The section `rewards`, for math with the authors' values.
+
+    Args:
+        num_workers: processes that score, on each host.
+    """
+    c = ml_collections.ConfigDict()
+    c.kind = "math"  # 'math', 'math_judge' (no tags asked for), or 'module:function'.
+    c.options = ml_collections.ConfigDict()  # Keyword arguments of the reward.
+    c.options.correct = 1.0  # [R] [P]
+    c.options.wrong = -1.0  # [R]
+    c.options.no_think_end = -0.5  # [R] No </think>, as in an answer cut off.
+    c.options.no_think_start = -2.0  # [R] </think>, but no <think>.
+    c.full_credit = 1.0  # [R] The reward that is right, and positive for the LM loss.
+    c.num_workers = num_workers
+    c.task_timeout_s = 20.0  # [ours] Above math-verify's own three times 5 s.
+    c.memory_mb = 4096  # [ours] Address space of a worker, MiB.
+    return c
+
+
+def gppo_loss() -> ml_collections.ConfigDict:
+    """The section `loss`: GPPO (Eq. 11) and the LM loss on positive samples (Eq. 14)."""
+    c = ml_collections.ConfigDict()
+    c.kind = "gppo"  # 'gppo', 'gppo_only_high', 'clip_higher' or 'cispo'.
+    c.clip_low = 0.2  # [R] epsilon_l: the ratio is clipped at 0.8,
+    c.clip_high = 0.28  # [P] [R] epsilon_h: and at 1.28.
+    # What is kept of the gradient beyond each bound; (0.25, 1) is CE-GPPO.
+    c.beta_low, c.beta_high = 1.0, 1.0  # [P] Eq. 11; Eq. 17 names them.
+    # No gradient where A < 0 and the ratio is above; a float from 1, or None: off, as [P].
+    c.dual_clip = ml_collections.FieldReference(10.0)  # [R] Metrics count such tokens.
+    # 'token_mean' is over the whole mini-batch, where Eq. 11 averages per prompt and [R]
+    # per micro-batch. Others: 'seq_mean_token_mean', close to what [R] does in effect,
+    # 'seq_mean_token_sum', 'seq_mean_token_sum_norm'.
+    c.aggregation = "token_mean"  # [ours] What DAPO and the name in [R] mean.
+    c.positive_coef = 0.1  # [P] [R] alpha of Eq. 14, best in Table 6; 0: off.
+    return c

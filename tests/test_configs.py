@@ -1,0 +1,468 @@
+"""Every config of configs/: its keys, its numbers, and its programs on abstract arrays.
+
+The programs are lowered for 8 devices, those of the 8B configs for fsdp 2 x tensor 4: all
+shapes and shardings are checked, and no array is made.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import typing
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from klear_jax import (
+    config,
+    gppo,
+    optim,
+    qwen3,
+    rollout,
+    sampler,
+    sft,
+    steps,
+    train,
+)
+from klear_jax.errors import InputError
+from klear_jax.sharding import Layout, make_mesh
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "sections")
+GPPO = [name for name in NAMES if name.startswith("gppo")]
+ROW = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32}
+SFT_ROW = ROW | {"weight": jnp.float32}
+GPPO_ROW = SFT_ROW | dict.fromkeys(
+    ("positive_weight", "old_logp", "advantage"), jnp.float32
+)
+UPDATE = {"loss", "grad_norm", "update_norm", "param_norm"}
+
+
+def get(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def parse(name, changes=()):
+    """The task and dataclass of a config, with {key: value} in place of its values."""
+    c = get(name)
+    c.update_from_flattened_dict(dict(changes))
+    return train.parse(c.to_dict())
+
+
+def make_layout(c):
+    return Layout(make_mesh(c.mesh), c.mesh.rules)
+
+
+def test_all_are_here():
+    assert NAMES == ["gppo_8b", "gppo_code_8b", "gppo_tiny", "sft_8b", "sft_tiny"]
+
+
+def fields(cls, where=""):
+    """The full names of the leaves of a dataclass; a mapping's keys are free."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from fields(hint, f"{where}{name}.")
+        else:
+            yield where + name
+
+
+def leaves(tree, known, where=""):
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and where + name not in known:
+            yield from leaves(value, known, f"{where}{name}.")
+        else:
+            yield where + name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_is_a_field_and_every_field_is_set(name):
+    values = get(name).to_dict()
+    cls, _ = train.TASKS[values.pop("task")]
+    known = set(fields(cls))
+    assert set(leaves(values, known)) == known
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_get_config_gives_a_new_one(name):
+    one, other = get(name), get(name)
+    one.model.width += 1
+    one.optim.peak_lr *= 2
+    one.evaluation.every += 1
+    assert get(name) == other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_and_workdirs(name):
+    task, c = parse(name)
+    assert task == name.split("_")[0]
+    assert c.workdir == f"runs/{name}"
+    follows = {
+        "gppo_tiny": "runs/sft_tiny",
+        "gppo_8b": "runs/sft_8b",
+        "gppo_code_8b": "runs/gppo_8b",
+    }
+    if name in follows:
+        assert c.init_from == follows[name]
+
+
+def test_stages_share_what_they_must():
+    for names in (("sft_tiny", "gppo_tiny"), ("sft_8b", "gppo_8b", "gppo_code_8b")):
+        stages = [parse(name)[1] for name in names]
+        for key in ("model", "tokenizer", "mesh", "dtype"):
+            assert len({repr(getattr(c, key)) for c in stages}) == 1, key
+
+
+# Paper and recipe: what must not change by accident.
+NUMBERS = {
+    "sft_8b": {
+        "model.num_layers": 36,
+        "model.num_kv_heads": 8,
+        "dtype": "bfloat16",
+        "data.row_tokens": 32768,
+        "optim.peak_lr": 8e-5,
+        "optim.end_lr": 4e-5,
+        "optim.decay": "cosine",
+        "evaluation.num_samples": 64,
+        "evaluation.temperature": 0.6,
+        "evaluation.top_p": 0.95,
+        "evaluation.max_new_tokens": 32768,
+    },
+    "gppo_8b": {
+        "rollout.prompts": 256,
+        "rollout.max_groups": 128,
+        "rollout.samples_per_prompt": 8,
+        "rollout.max_prompt_tokens": 4096,
+        "rollout.max_new_tokens": 32768,
+        "rollout.row_tokens": 36864,
+        "rollout.temperature": 1.0,
+        "rollout.top_p": 1.0,
+        "rollout.top_k": 0,
+        "rollout.filter": "reward",
+        "rollout.normalize_std": True,
+        "data.too_long": "truncate_left",
+        "rewards.kind": "math",
+        "rewards.options": {
+            "correct": 1.0,
+            "wrong": -1.0,
+            "no_think_end": -0.5,
+            "no_think_start": -2.0,
+        },
+        "rewards.full_credit": 1.0,
+        "loss.kind": "gppo",
+        "loss.clip_low": 0.2,
+        "loss.clip_high": 0.28,
+        "loss.beta_low": 1.0,
+        "loss.beta_high": 1.0,
+        "loss.dual_clip": 10.0,
+        "loss.aggregation": "token_mean",
+        "loss.positive_coef": 0.1,
+        "minibatch_prompts": 16,
+        "optim.peak_lr": 1e-6,
+        "optim.end_lr": 1e-6,
+        "optim.warmup_steps": 10,
+        "optim.warmup_from": 0.1,
+        "optim.b1": 0.9,
+        "optim.b2": 0.999,
+        "optim.eps": 1e-8,
+        "optim.weight_decay": 0.1,
+        "optim.clip_norm": 1.0,
+        "evaluation.temperature": 0.6,
+        "evaluation.top_p": 0.95,
+        "evaluation.top_k": 0,
+        "evaluation.num_samples": 32,
+        "evaluation.every": 5,
+        "checkpoint.every": 5,
+    },
+    "gppo_code_8b": {
+        "rewards.kind": "klear_jax.rewards.code:score",
+        "minibatch_prompts": 32,
+        "optim.peak_lr": 5e-7,
+        "optim.end_lr": 5e-7,
+        "evaluation.num_samples": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(name):
+    _, c = parse(name)
+    got = {key: functools.reduce(getattr, key.split("."), c) for key in NUMBERS[name]}
+    assert got == NUMBERS[name]
+
+
+def test_code_differs_from_math_only_where_it_says():
+    math, code = (get(name).to_dict() for name in ("gppo_8b", "gppo_code_8b"))
+    changed = {line.split()[0] for line in config.differences(math, code)}
+    assert changed == {
+        f"config.{key}"
+        for key in (
+            *("workdir", "init_from", "data.path", "minibatch_prompts"),
+            *("rewards.kind", "rewards.task_timeout_s"),
+            *("optim.peak_lr", "optim.end_lr"),
+            *("evaluation.data", "evaluation.num_samples"),
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    "name, groups, sizes",
+    [
+        ("gppo_8b", 128, [16] * 8),
+        ("gppo_code_8b", 128, [32] * 4),
+        ("gppo_tiny", 32, [8] * 4),
+        ("gppo_8b", 17, [9, 8]),
+        ("gppo_8b", 0, []),
+    ],
+)
+def test_updates_of_a_rollout_batch(name, groups, sizes):
+    _, c = parse(name)
+    n = c.rollout.samples_per_prompt
+    group_B = jnp.arange(groups).repeat(n)
+    minis = rollout.mini_batches(
+        {
+            "mask": jnp.ones((groups * n, 2)),
+            "behaviour_logp": jnp.zeros((groups * n, 2)),
+        },
+        jax.device_get(group_B),
+        jnp.ones(groups * n),
+        prompts=c.minibatch_prompts,
+        aggregation=c.loss.aggregation,
+    )
+    rows = [len(mini["weight"]) for mini in minis]
+    assert rows == [n * size for size in sizes]
+    # All samples of a mini-batch have room in the program's micro-batches.
+    room = gppo.num_micro(c, c.minibatch_prompts) * c.micro_rows
+    assert all(count <= room for count in rows)
+
+
+@pytest.mark.parametrize(
+    "name, step, rate",
+    [
+        ("gppo_8b", 0, 1e-7),
+        ("gppo_8b", 5, 5.5e-7),
+        ("gppo_8b", 10, 1e-6),
+        ("gppo_8b", 239, 1e-6),
+        ("gppo_code_8b", 0, 5e-8),
+        ("gppo_code_8b", 239, 5e-7),
+        ("sft_8b", 1_460, 8e-5),
+        ("sft_8b", 14_599, 4e-5),
+    ],
+)
+def test_learning_rates(name, step, rate):
+    _, c = parse(name)
+    assert optim.learning_rate(c.optim, step, c.num_steps) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters(name):
+    _, c = parse(name)
+    table = jax.tree.leaves(qwen3.param_table(c.model))
+    count = sum(functools.reduce(int.__mul__, param.shape) for param in table)
+    assert count == (8_190_735_360 if name.endswith("8b") else 484_416)
+
+
+def abstract_state(c, layout):
+    """The train state as shapes, and its shardings."""
+    state = jax.eval_shape(
+        lambda: steps.init_state(
+            qwen3.init_params(c.model, jax.random.key(0)), optim.optimizer(c.optim)
+        )
+    )
+    params_shardings = qwen3.params_shardings(c.model, layout)
+    return state, steps.state_shardings(state, params_shardings, layout)
+
+
+def shapes(size, dtypes):
+    return {name: jax.ShapeDtypeStruct(size, dtype) for name, dtype in dtypes.items()}
+
+
+def lower_train_step(c, layout, size, row):
+    """Lowers the update, checks its state, and returns its metrics as shapes."""
+    module = sft if isinstance(c, sft.SftConfig) else gppo
+    steps.check_micro_rows(c.micro_rows, layout)
+    state, shardings = abstract_state(c, layout)
+    update = steps.compile_train_step(module.train_step(c, layout), layout, shardings)
+    lowered = update.lower(state, shapes(size, row), 1, 1e-6)
+    new_state, metrics = lowered.out_info
+    got, want = (
+        [(x.shape, x.dtype) for x in jax.tree.leaves(s)] for s in (new_state, state)
+    )
+    assert got == want
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    for x in jax.tree.leaves((state.params, state.opt_state)):
+        assert x.dtype == (jnp.float32 if x.ndim else jnp.int32)
+    assert {(x.shape, x.dtype) for x in metrics.values()} == {
+        ((), jnp.dtype("float32"))
+    }
+    return set(metrics)
+
+
+@pytest.mark.parametrize("name", ["sft_tiny", "sft_8b"])
+def test_sft_programs(name):
+    _, c = parse(name)
+    layout = make_layout(c)
+    size = (c.batch_rows // c.micro_rows, c.micro_rows, c.data.row_tokens)
+    metrics = lower_train_step(c, layout, size, SFT_ROW)
+    assert metrics == UPDATE | {"tokens", "tokens_likely"}
+
+
+@pytest.mark.parametrize("name", GPPO)
+def test_gppo_programs(name):
+    _, c = parse(name)
+    layout = make_layout(c)
+    M, B, T = gppo.num_micro(c, c.minibatch_prompts), c.micro_rows, c.rollout.row_tokens
+    regions = {
+        f"{of}{region}"
+        for of in ("tokens", "movable", "grad_mass")
+        for region in ("", "_low", "_high", "_dual")
+    }
+    metrics = lower_train_step(c, layout, (M, B, T), GPPO_ROW)
+    losses = {"policy_loss", "positive_loss", "entropy", "kl_old", "ratio_capped"}
+    assert metrics == UPDATE | losses | regions
+
+    M = gppo.num_micro(c, c.rollout.max_groups)
+    state, shardings = abstract_state(c, layout)
+    score = jax.jit(
+        gppo.score_step(c, layout), in_shardings=(shardings.params, None, None)
+    )
+    logp = score.lower(state.params, shapes((M, B, T), ROW), 1).out_info
+    assert (logp.shape, logp.dtype) == ((M, B, T), jnp.float32)
+    assert M * B >= c.rollout.max_groups * c.rollout.samples_per_prompt
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "gppo_code_8b"]
+)  # Samples as gppo_8b.
+def test_sampler_programs(name):
+    _, c = parse(name)
+    state, _ = abstract_state(c, make_layout(c))
+    for section in {"sft": ["evaluation"], "gppo": ["rollout"]}[name.split("_")[0]]:
+        s = getattr(c, section)
+        shape = sampler.Shape(
+            slots=s.num_slots,
+            prompt_tokens=s.max_prompt_tokens,
+            capacity=s.max_prompt_tokens + s.max_new_tokens,
+        )
+        int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        B = s.num_slots
+        out = sampler._run_wave.lower(
+            state.params,
+            int32((B, s.max_prompt_tokens)),
+            int32((B,)),
+            int32((B,)),
+            int32((B, 2)),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            int32((2,)),
+            config=c.model,
+            sampling=sampler.Sampling(s.temperature, s.top_p, s.top_k),
+            shape=shape,
+            dtype=jnp.dtype(c.dtype),
+        ).out_info
+        for got, dtype in ((out.tokens_BT, jnp.int32), (out.logprobs_BT, jnp.float32)):
+            assert (got.shape, got.dtype) == ((B, shape.capacity), dtype)
+
+
+def test_state_is_split_over_the_mesh():
+    """Every matrix and its moments lie on fsdp x tensor; nothing large is everywhere."""
+    _, c = parse("gppo_8b")
+    layout = make_layout(c)
+    assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    state, shardings = abstract_state(c, layout)
+    held = jax.tree.map(
+        lambda x, sharding: functools.reduce(
+            int.__mul__, sharding.shard_shape(x.shape), 1
+        ),
+        state,
+        shardings,
+    )
+    whole = sum(x.size for x in jax.tree.leaves(state))
+    assert sum(jax.tree.leaves(held)) == pytest.approx(whole / 8, rel=1e-3)
+
+
+SFT_REFUSED = [
+    (
+        {"batch_rows": 25},
+        "in config: batch_rows=25 must be a multiple of micro_rows=24",
+    ),
+    ({"num_steps": 0}, "in config: num_steps, batch_rows and micro_rows must be at"),
+    ({"model.head_dim": 3}, "in config.model: model.head_dim must be even"),
+    ({"model.num_kv_heads": 3}, "must be a multiple of model.num_kv_heads (3)"),
+    ({"optim.decay": "step"}, "optim.decay must be 'cosine' or 'linear', not 'step'"),
+    ({"evaluation.top_p": 0.0}, "in config.evaluation: top_p must be in (0, 1], not 0"),
+    (
+        {"evaluation.num_samples": 0, "evaluation.greedy": False},
+        "evaluation asks for nothing",
+    ),
+    (
+        {"mesh.rules.batch": ("model",)},
+        "mesh.rules.batch names ['model']: the mesh axes",
+    ),
+    (
+        {"checkpoint.every": 0},
+        "checkpoint.every and checkpoint.keep must be at least 1",
+    ),
+]
+GPPO_REFUSED = [
+    ({"loss.kind": "ppo"}, "in config.loss: loss.kind must be one of ('gppo',"),
+    ({"loss.clip_low": 1.5}, "loss.clip_low must be in [0, 1)"),
+    ({"loss.clip_high": -0.1}, "loss.clip_high and loss.positive_coef not negative"),
+    (
+        {"loss.positive_coef": -1.0},
+        "loss.clip_high and loss.positive_coef not negative",
+    ),
+    ({"loss.aggregation": "mean"}, "loss.aggregation must be one of ('token_mean',"),
+    (
+        {"loss.kind": "clip_higher", "loss.beta_low": 0.25},
+        "loss.beta_low and beta_high are for 'gppo', not for 'clip_higher'",
+    ),
+    ({"loss.kind": "cispo"}, "loss.dual_clip must be None for 'cispo'"),
+    ({"optim.peak_lr": -1e-6}, "optim.peak_lr must be positive, not -1e-06"),
+    ({"optim.peak_lr": float("nan")}, "optim.peak_lr must be positive, not nan"),
+    ({"optim.b2": 1.0}, "optim.b2 must be in [0, 1)"),
+    ({"rollout.filter": "acc"}, "rollout.filter must be one of ('reward', 'accuracy',"),
+    ({"rollout.top_p": 0.0}, "in config.rollout: top_p must be in (0, 1], not 0.0"),
+    ({"rollout.temperature": -1.0}, "in config.rollout: temperature must be 0"),
+    ({"rollout.prompts": 0}, "rollout.prompts must be at least 1, not 0"),
+    ({"minibatch_prompts": 0}, "minibatch_prompts must be at least 1, not 0"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, changes, says",
+    [("sft_tiny", *case) for case in SFT_REFUSED]
+    + [("gppo_tiny", *case) for case in GPPO_REFUSED],
+)
+def test_values_out_of_range_are_refused(name, changes, says):
+    with pytest.raises(InputError) as raised:
+        parse(name, changes)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"mesh.data": 3}, "= 3 x -1 x 4 does not make the 8 devices there are"),
+        ({"mesh.fsdp": 4}, "= 1 x 4 x 4 does not make the 8 devices there are"),
+        ({"mesh.fsdp": 1, "mesh.tensor": 16}, "= 1 x 1 x 16 does not make the 8"),
+        ({"micro_rows": 17}, "micro_rows=17 must be a multiple of the 2 shards"),
+        (
+            {"model.num_kv_heads": 2},
+            "k_proj.weight: its 'kv_heads' axis of 2 cannot be",
+        ),
+        (
+            {"mesh.rules.embed": ("tensor",)},
+            "mesh.rules puts two of the axes",
+        ),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(changes, says):
+    _, c = parse("gppo_8b", changes)
+    with pytest.raises(InputError) as raised:
+        layout = make_layout(c)
+        steps.check_micro_rows(c.micro_rows, layout)
+        qwen3.params_shardings(c.model, layout)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
