@@ -18,7 +18,8 @@ KlearReasoner-MathSub-30K, whose reward_model.ground_truth is our `answer`.
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_math.sh and what it calls; [ours].
 
-Its programs are traced for a mesh of 8 by tests/test_configs.py; it was never run on a pod.
+Its programs were compiled for 8 devices of a CPU, and tests/test_configs.py traces them;
+it was never run on a pod.
 """
 
 import ml_collections
@@ -69,8 +70,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim = ml_collections.ConfigDict()  # AdamW; a rollout batch has one rate.
     c.optim.peak_lr = 1e-6  # [P] [R]
     c.optim.end_lr = 1e-6  # [P] [R] As peak_lr: constant after the warm-up.
-    c.optim.decay = "linear"  # No matter: there is none.
-    c.optim.decay_start = 1.0  # No matter.
+    c.optim.decay = "linear"  # [ours] No matter: there is none.
+    c.optim.decay_start = 1.0  # [ours] No matter.
     c.optim.warmup_steps = 10  # [R] Rollout batches, linear.
     c.optim.warmup_from = 0.1  # [ours] Share of peak_lr; [R] 0: a batch for nothing.
     c.optim.b1 = 0.9  # [R]

@@ -15,6 +15,7 @@ the authors' 18K problems is Kwai-Klear/KlearReasoner-CodeSub-15K.
 
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_code.sh and what it calls; [ours].
+Traced by tests/test_configs.py; never run on a pod.
 """
 
 import ml_collections

@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.max_groups = 32  # Used a step at most, after the filter.
     c.rollout.samples_per_prompt = 8
     c.rollout.max_prompt_tokens = 24
-    c.rollout.max_new_tokens = 40
+    c.rollout.max_new_tokens = 48
     c.rollout.temperature = 1.0
     c.rollout.top_p = 1.0  # 1: all tokens.
     c.rollout.top_k = 0  # 0: all tokens.
@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.loss = sections.gppo_loss()
     c.minibatch_prompts = 8  # Groups of one optimizer update.
     c.micro_rows = 64  # Rows of one forward and backward pass, over all devices.
-    c.num_steps = 60  # Rollout batches.
+    c.num_steps = 50  # Rollout batches.
 
     c.optim = ml_collections.ConfigDict()
     c.optim.peak_lr = 3e-4

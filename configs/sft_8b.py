@@ -15,7 +15,8 @@ Sources: [P] the paper, arXiv 2508.07629, which is all there is: the authors pub
 SFT recipe; [V] the defaults of verl's SFT trainer, which their repository contains, where
 the paper is silent; [ours].
 
-Its programs are traced for a mesh of 8 by tests/test_configs.py; it was never run on a pod.
+Its programs were compiled for 8 devices of a CPU, and tests/test_configs.py traces them;
+it was never run on a pod.
 """
 
 import ml_collections
@@ -50,8 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.batch_rows = 128  # [ours]
     # Rows of one forward and backward pass, over all devices: a multiple of data x fsdp.
     c.micro_rows = 16  # [ours] Memory only; on 64 chips, a row for each 4.
-    # [P] 4 epochs of 1.5M samples. [ours] 10,000 tokens a sample, 98% of a row filled.
-    c.num_steps = 14_600  # Updates: epochs x tokens / (batch_rows x row_tokens x 0.98).
+    # Updates: epochs x tokens / (batch_rows x row_tokens x share filled), for 4 epochs of
+    # 1.5M samples [P] of 10,000 tokens in rows 98% full [ours]: count those of your data.
+    c.num_steps = 14_600  # [P] [ours]
 
     c.optim = ml_collections.ConfigDict()  # AdamW.
     c.optim.peak_lr = 8e-5  # [P]

@@ -45,18 +45,18 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.path = "runs/data/arithmetic/1.0.0"  # A TFDS version folder or JSON lines.
     c.data.split = "sft"  # '' for JSON lines, which have none.
-    c.data.row_tokens = 128
+    c.data.row_tokens = 64
     c.data.pack = True  # Several samples a row, as segments.
     # A sample longer than a row: 'error', or 'drop' (counted).
     c.data.too_long = "error"
 
-    c.batch_rows = 24  # Rows of one optimizer update; about 64 samples.
-    c.micro_rows = 24  # Rows of one forward and backward pass, over all devices.
-    c.num_steps = 500  # Optimizer updates.
+    c.batch_rows = 48  # Rows of one optimizer update; about 100 samples.
+    c.micro_rows = 48  # Rows of one forward and backward pass, over all devices.
+    c.num_steps = 600  # Optimizer updates.
 
     c.optim = ml_collections.ConfigDict()  # AdamW.
-    c.optim.peak_lr = 3e-3
-    c.optim.end_lr = 3e-3  # At the last step; as peak_lr: constant.
+    c.optim.peak_lr = 5e-3
+    c.optim.end_lr = 2.5e-3  # At the last step.
     c.optim.decay = "linear"  # 'linear' or 'cosine', from peak_lr to end_lr.
     c.optim.decay_start = 0.6  # Share of the steps.
     c.optim.warmup_steps = 50  # Linear.
@@ -79,12 +79,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.top_k = 0  # 0: all tokens.
     c.evaluation.greedy = True  # One greedy answer a problem, too.
     c.evaluation.max_prompt_tokens = 24  # A longer prompt is an error.
-    c.evaluation.max_new_tokens = 40
+    c.evaluation.max_new_tokens = 48
     c.evaluation.num_slots = 512  # Sequences decoded at once.
     c.evaluation.seed = 1_000  # Of the samples; training uses others.
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.
 
     c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 250  # Steps; the last step is always saved.
+    c.checkpoint.every = 300  # Steps; the last step is always saved.
     c.checkpoint.keep = 2  # The newest ones.
     return c

@@ -115,7 +115,7 @@ def _load_config(path: str) -> ml_collections.ConfigDict:
         raise InputError(
             f"get_config() of {path} must return a ConfigDict, not {config!r}"
         )
-    return config.lock()
+    return config
 
 
 def _override_key(arg: str) -> str | None:

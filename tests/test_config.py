@@ -256,6 +256,7 @@ def test_text_flags():
     assert parse(TINY)[1] is None
     assert parse(TINY, "--workdir=a=b")[1] == "a=b"
     assert parse("--workdir", "a", TINY, "--config.seed", "3")[1] == "a"
+    assert parse("--config.seed", "3", TINY, "--workdir=a")[1] == "a"
     found = config.parse_flags(
         ["export", "--output=b"], "", {"output": ""}, with_config=False
     )

@@ -4,15 +4,18 @@ The programs are lowered for 8 devices, those of the 8B configs for fsdp 2 x ten
 shapes and shardings are checked, and no array is made.
 """
 
+import ast
 import dataclasses
 import functools
 import importlib
+import math
 import pathlib
 import typing
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from klear_jax import (
@@ -37,6 +40,7 @@ SFT_ROW = ROW | {"weight": jnp.float32}
 GPPO_ROW = SFT_ROW | dict.fromkeys(
     ("positive_weight", "old_logp", "advantage"), jnp.float32
 )
+SOURCES = ("[P]", "[R]", "[V]", "[ours]")
 UPDATE = {"loss", "grad_norm", "update_norm", "param_norm"}
 
 
@@ -84,13 +88,25 @@ def test_every_key_is_a_field_and_every_field_is_set(name):
     assert set(leaves(values, known)) == known
 
 
+@pytest.mark.parametrize("name", ["sections", "sft_8b", "gppo_8b", "gppo_code_8b"])
+def test_every_number_has_a_source(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assign) and any(
+            isinstance(part, ast.Constant) and isinstance(part.value, int | float)
+            for part in ast.walk(node.value)
+        ):
+            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+            assert any(tag in " ".join(lines) for tag in SOURCES), lines
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_get_config_gives_a_new_one(name):
-    one, other = get(name), get(name)
+    before, one = get(name).to_dict(), get(name)
     one.model.width += 1
     one.optim.peak_lr *= 2
     one.evaluation.every += 1
-    assert get(name) == other
+    assert get(name).to_dict() == before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,8 +209,8 @@ def test_numbers(name):
 
 
 def test_code_differs_from_math_only_where_it_says():
-    math, code = (get(name).to_dict() for name in ("gppo_8b", "gppo_code_8b"))
-    changed = {line.split()[0] for line in config.differences(math, code)}
+    one, other = (get(name).to_dict() for name in ("gppo_8b", "gppo_code_8b"))
+    changed = {line.split()[0] for line in config.differences(one, other)}
     assert changed == {
         f"config.{key}"
         for key in (
@@ -219,14 +235,11 @@ def test_code_differs_from_math_only_where_it_says():
 def test_updates_of_a_rollout_batch(name, groups, sizes):
     _, c = parse(name)
     n = c.rollout.samples_per_prompt
-    group_B = jnp.arange(groups).repeat(n)
+    ones = np.ones((groups * n, 2), np.float32)
     minis = rollout.mini_batches(
-        {
-            "mask": jnp.ones((groups * n, 2)),
-            "behaviour_logp": jnp.zeros((groups * n, 2)),
-        },
-        jax.device_get(group_B),
-        jnp.ones(groups * n),
+        {"mask": ones, "behaviour_logp": ones},
+        np.arange(groups).repeat(n),
+        ones[:, 0],
         prompts=c.minibatch_prompts,
         aggregation=c.loss.aggregation,
     )
@@ -259,7 +272,7 @@ def test_learning_rates(name, step, rate):
 def test_parameters(name):
     _, c = parse(name)
     table = jax.tree.leaves(qwen3.param_table(c.model))
-    count = sum(functools.reduce(int.__mul__, param.shape) for param in table)
+    count = sum(math.prod(param.shape) for param in table)
     assert count == (8_190_735_360 if name.endswith("8b") else 484_416)
 
 
@@ -329,39 +342,36 @@ def test_gppo_programs(name):
     )
     logp = score.lower(state.params, shapes((M, B, T), ROW), 1).out_info
     assert (logp.shape, logp.dtype) == ((M, B, T), jnp.float32)
-    assert M * B >= c.rollout.max_groups * c.rollout.samples_per_prompt
+    assert c.rollout.max_groups * c.rollout.samples_per_prompt <= M * B
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name != "gppo_code_8b"]
-)  # Samples as gppo_8b.
+@pytest.mark.parametrize("name", ["sft_tiny", "gppo_tiny", "sft_8b", "gppo_8b"])
 def test_sampler_programs(name):
-    _, c = parse(name)
+    task, c = parse(name)
+    s = c.rollout if task == "gppo" else c.evaluation
     state, _ = abstract_state(c, make_layout(c))
-    for section in {"sft": ["evaluation"], "gppo": ["rollout"]}[name.split("_")[0]]:
-        s = getattr(c, section)
-        shape = sampler.Shape(
-            slots=s.num_slots,
-            prompt_tokens=s.max_prompt_tokens,
-            capacity=s.max_prompt_tokens + s.max_new_tokens,
-        )
-        int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        B = s.num_slots
-        out = sampler._run_wave.lower(
-            state.params,
-            int32((B, s.max_prompt_tokens)),
-            int32((B,)),
-            int32((B,)),
-            int32((B, 2)),
-            jax.eval_shape(lambda: jax.random.key(0)),
-            int32((2,)),
-            config=c.model,
-            sampling=sampler.Sampling(s.temperature, s.top_p, s.top_k),
-            shape=shape,
-            dtype=jnp.dtype(c.dtype),
-        ).out_info
-        for got, dtype in ((out.tokens_BT, jnp.int32), (out.logprobs_BT, jnp.float32)):
-            assert (got.shape, got.dtype) == ((B, shape.capacity), dtype)
+    shape = sampler.Shape(
+        slots=s.num_slots,
+        prompt_tokens=s.max_prompt_tokens,
+        capacity=s.max_prompt_tokens + s.max_new_tokens,
+    )
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    B = s.num_slots
+    out = sampler._run_wave.lower(
+        state.params,
+        tokens_BP=int32((B, s.max_prompt_tokens)),
+        length_B=int32((B,)),
+        limit_B=int32((B,)),
+        identity_B2=int32((B, 2)),
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+        stop_ids=int32((2,)),
+        config=c.model,
+        sampling=sampler.Sampling(s.temperature, s.top_p, s.top_k),
+        shape=shape,
+        dtype=jnp.dtype(c.dtype),
+    ).out_info
+    for got, dtype in ((out.tokens_BT, jnp.int32), (out.logprobs_BT, jnp.float32)):
+        assert (got.shape, got.dtype) == ((B, shape.capacity), dtype)
 
 
 def test_state_is_split_over_the_mesh():
@@ -371,11 +381,7 @@ def test_state_is_split_over_the_mesh():
     assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
     state, shardings = abstract_state(c, layout)
     held = jax.tree.map(
-        lambda x, sharding: functools.reduce(
-            int.__mul__, sharding.shard_shape(x.shape), 1
-        ),
-        state,
-        shardings,
+        lambda x, at: math.prod(at.shard_shape(x.shape)), state, shardings
     )
     whole = sum(x.size for x in jax.tree.leaves(state))
     assert sum(jax.tree.leaves(held)) == pytest.approx(whole / 8, rel=1e-3)

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import gppo_tiny, sft_tiny
 from klear_jax import checkpoint, export, hf_weights, metrics, prepare_data, train
@@ -13,6 +14,16 @@ from klear_jax import checkpoint, export, hf_weights, metrics, prepare_data, tra
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Sharding info not provided when restoring.*"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The runs of this file share their compiled programs, as runs of a user do."""
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,7 @@ def start_and_kill(config, workdir, monkeypatch, at_step):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in pathlib.Path(path).open()]
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
 def without_times(lines):
