@@ -1,8 +1,8 @@
-"""Math GPPO of Klear-Reasoner-8B: the second stage, after sft_8b.
+r"""Math GPPO of Klear-Reasoner-8B: the second stage, after sft_8b.
 
-    python -m klear_jax.train --config=configs/gppo_8b.py \\
+    python -m klear_jax.train --config=configs/gppo_8b.py \
         --workdir=gs://BUCKET/gppo_8b --config.init_from=gs://BUCKET/sft_8b
-    python -m klear_jax.evaluate --config=configs/gppo_8b.py \\
+    python -m klear_jax.evaluate --config=configs/gppo_8b.py \
         --workdir=gs://BUCKET/gppo_8b --config.evaluation.num_samples=64
     python -m klear_jax.export --workdir=gs://BUCKET/gppo_8b --output=DIR --dtype=bfloat16
 

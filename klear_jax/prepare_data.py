@@ -22,7 +22,7 @@ _TASK = flags.DEFINE_enum(
 )
 _NUM_PROBLEMS = flags.DEFINE_integer(
     "num_problems",
-    20_000,
+    60_000,
     "Problems to draw; repeated ones are dropped.",
     lower_bound=1,
     flag_values=_FLAGS,

@@ -227,7 +227,6 @@ def test_code_differs_from_math_only_where_it_says():
     [
         ("gppo_8b", 128, [16] * 8),
         ("gppo_code_8b", 128, [32] * 4),
-        ("gppo_tiny", 32, [8] * 4),
         ("gppo_8b", 17, [9, 8]),
         ("gppo_8b", 0, []),
     ],
@@ -268,12 +267,10 @@ def test_learning_rates(name, step, rate):
     assert optim.learning_rate(c.optim, step, c.num_steps) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_parameters(name):
-    _, c = parse(name)
+def test_parameters_of_8b():
+    _, c = parse("gppo_8b")
     table = jax.tree.leaves(qwen3.param_table(c.model))
-    count = sum(math.prod(param.shape) for param in table)
-    assert count == (8_190_735_360 if name.endswith("8b") else 484_416)
+    assert sum(math.prod(param.shape) for param in table) == 8_190_735_360
 
 
 def abstract_state(c, layout):
@@ -389,7 +386,7 @@ def test_state_is_split_over_the_mesh():
 
 SFT_REFUSED = [
     (
-        {"batch_rows": 25},
+        {"batch_rows": 25, "micro_rows": 24},
         "in config: batch_rows=25 must be a multiple of micro_rows=24",
     ),
     ({"num_steps": 0}, "in config: num_steps, batch_rows and micro_rows must be at"),
