@@ -4,7 +4,7 @@ r"""Code GPPO of Klear-Reasoner-8B: the third stage, after gppo_8b, of which it 
         --workdir=gs://BUCKET/gppo_code_8b --config.init_from=gs://BUCKET/gppo_8b
 
 NOT RUNNABLE YET: the reward klear_jax/rewards/code.py and the sandbox it needs come with
-part 3. Until then every sample lacks a reward (reward/masked_errors), and none is trained on.
+part 3. Until then the run refuses to start.
 
 To compare with: LiveCodeBench v5 avg@4 rises from 45.9 at step 10 to 58.9, the mean of
 steps 200 to 240 (Fig. 2b; clip-higher 58.5, CISPO 58.0); Klear-Reasoner-8B, Table 1, avg@8

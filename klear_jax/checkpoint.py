@@ -6,6 +6,7 @@ that are done.
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import grain
@@ -15,7 +16,8 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from klear_jax import hf_weights, qwen3, steps
+from klear_jax import hf_weights, qwen3, steps, tokens
+from klear_jax.config import differences
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout, put
 
@@ -28,6 +30,34 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise InputError("checkpoint.every and checkpoint.keep must be at least 1")
+
+
+def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
+    """Makes the workdir of a run, or checks that the one to resume has the same config.
+
+    Called when all other input has been read, so that bad input leaves nothing behind.
+
+    Args:
+        config: of the loop, a dataclass with workdir, init_from and model.
+        tokenizer: saved beside the architecture in model/, for evaluation and export.
+    """
+    if config.init_from:
+        model_folder(config.init_from)
+    workdir = epath.Path(config.workdir)
+    file = workdir / "config.json"
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    if file.exists():
+        changed = differences(hf_weights.read_json(file), json.loads(text))
+        if changed:
+            raise InputError(
+                f"{workdir} belongs to a run with another config ({'; '.join(changed)}); "
+                "give the same config to resume it, or another workdir"
+            )
+        return
+    (workdir / "model").mkdir(parents=True, exist_ok=True)
+    hf_weights.write_config(workdir / "model", config.model, "float32")
+    tokenizer.save(workdir / "model")
+    file.write_text(text + "\n")  # Last: where it lies, the folder is complete.
 
 
 class Checkpoints:
@@ -124,7 +154,8 @@ def train_state(
         return checkpoints.restore(place, data), shardings
     if init_from:
         params, found = load_model(init_from)
-        if found != config:
+        # How far positions reach is a label: RoPE has no table to outgrow.
+        if dataclasses.replace(found, max_positions=config.max_positions) != config:
             raise InputError(
                 f"init_from={init_from} holds {found}, but config.model says {config}"
             )

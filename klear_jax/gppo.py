@@ -156,11 +156,13 @@ def run(config: GppoConfig) -> None:
         too_long=config.data.too_long,
     )
     problems = evaluate.load_problems(config.evaluation, tokenizer)
+    pool = rollout.make_pool(config.rewards)
+    checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
 
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
-        rollout.make_pool(config.rewards) as pool,
+        pool,
     ):
         first = checkpoints.steps_done
         key = jax.random.key(config.seed)

@@ -12,7 +12,7 @@ import numpy as np
 
 from klear_jax import advantages, losses, qwen3, sampler
 from klear_jax.errors import InputError
-from klear_jax.rewards.pool import Outcome, Pool
+from klear_jax.rewards.pool import Outcome, Pool, find_reward
 from klear_jax.tokens import Tokenizer
 
 FILTERS = ("reward", "accuracy", "none")
@@ -65,9 +65,7 @@ class RewardConfig:
     """How responses are scored."""
 
     kind: str  # A key of rewards.pool.REWARDS, or 'module:function'.
-    options: Mapping[
-        str, float
-    ]  # Keyword arguments of the reward, its values among them.
+    options: Mapping[str, float]  # Keyword arguments of the reward: its values.
     full_credit: float  # The reward of a sample that counts as right, and as positive.
     num_workers: int
     task_timeout_s: float
@@ -75,6 +73,8 @@ class RewardConfig:
 
 
 def make_pool(config: RewardConfig) -> Pool:
+    """Workers for the reward; an InputError if it does not exist."""
+    find_reward(config.kind)
     return Pool(
         config.num_workers,
         task_timeout_s=config.task_timeout_s,

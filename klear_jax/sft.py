@@ -90,11 +90,13 @@ def run(config: SftConfig) -> None:
     )
     problems = evaluate.load_problems(config.evaluation, tokenizer)
     num_micro = config.batch_rows // config.micro_rows
+    pool = rollout.make_pool(config.rewards)
+    checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
 
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
-        rollout.make_pool(config.rewards) as pool,
+        pool,
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(

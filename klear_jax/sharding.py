@@ -82,6 +82,7 @@ class Layout:
 
     def shards(self, axis: str) -> int:
         """Into how many parts a logical axis is split."""
+        self.spec(axis)  # Raises where the table lacks it.
         return math.prod(self.mesh.shape[name] for name in self.rules[axis])
 
 

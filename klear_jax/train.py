@@ -5,13 +5,12 @@
 The same command, given again, resumes from the newest checkpoint of the workdir.
 """
 
-import json
 from typing import Any
 
 import jax
 from etils import epath
 
-from klear_jax import config, gppo, hf_weights, sft, tokens
+from klear_jax import config, gppo, sft
 from klear_jax.errors import InputError
 
 TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
@@ -24,7 +23,6 @@ def main(argv: list[str]) -> None:
     if flags.workdir:
         values["workdir"] = flags.workdir
     task, parsed = parse(values)
-    prepare_workdir(values, parsed)
     _, run = TASKS[task]
     run(parsed)
 
@@ -39,30 +37,6 @@ def parse(values: dict[str, Any]) -> tuple[str, Any]:
         raise InputError("name where to write the run: --workdir=DIR or config.workdir")
     cls, _ = TASKS[task]
     return task, config.build(cls, values)
-
-
-def prepare_workdir(values: dict[str, Any], parsed: Any) -> None:
-    """Writes config.json and model/ (architecture and tokenizer), or checks that a workdir
-    that is resumed has the same config."""
-    workdir = epath.Path(parsed.workdir)
-    tokenizer = tokens.load(parsed.tokenizer)
-    tokens.check_fits(tokenizer, parsed.model.vocab_size)
-    values = json.loads(
-        json.dumps(values)
-    )  # As it will be read back: lists, no tuples.
-    file = workdir / "config.json"
-    if file.exists():
-        if changed := config.differences(hf_weights.read_json(file), values):
-            raise InputError(
-                f"{workdir} belongs to a run with another config ({'; '.join(changed)}); "
-                "give the same config to resume it, or another workdir"
-            )
-        return
-    (workdir / "model").mkdir(parents=True, exist_ok=True)
-    hf_weights.write_config(workdir / "model", parsed.model, "float32")
-    tokenizer.save(workdir / "model")
-    # Last: where it lies, the folder is complete.
-    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,6 @@ def test_memory_is_limited():
         ("hostile_rewards:fail", "KeyError: 'our own mistake'"),
         ("hostile_rewards:not_a_number", "returned nan"),
         ("hostile_rewards:no_such_function", "no_such_function"),
-        ("no_such_module:score", "no_such_module"),
         ("math", "must be a string"),
     ],
 )
@@ -338,6 +337,15 @@ def test_unknown_kind(kind):
         pytest.raises(InputError, match=f"unknown reward '{kind}'"),
     ):
         pool.submit(kind, "", "5")
+
+
+@pytest.mark.parametrize("module", ["no_such_module", "klear_jax.rewards.no_such"])
+def test_reward_of_no_module(module):
+    with (
+        open_pool() as pool,
+        pytest.raises(InputError, match=f"there is no module {module}"),
+    ):
+        pool.submit(f"{module}:score", "", "5")
 
 
 def test_no_workers():

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,16 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import gppo_tiny, sft_tiny
-from klear_jax import checkpoint, export, hf_weights, metrics, prepare_data, train
+from klear_jax import (
+    checkpoint,
+    export,
+    hf_weights,
+    metrics,
+    prepare_data,
+    tokens,
+    train,
+)
+from klear_jax.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Sharding info not provided when restoring.*"
@@ -59,9 +69,7 @@ def small(config, data):
 
 def start(config, workdir):
     """What `python -m klear_jax.train` does after its flags."""
-    values = config.to_dict() | {"workdir": str(workdir)}
-    task, parsed = train.parse(values)
-    train.prepare_workdir(values, parsed)
+    task, parsed = train.parse(config.to_dict() | {"workdir": str(workdir)})
     train.TASKS[task][1](parsed)
 
 
@@ -190,3 +198,91 @@ def test_export_of_a_run(gppo_run, tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").exists()
     with pytest.raises(Exception, match="already holds a model"):
         export.export(str(workdir), str(tmp_path / "out"), np.dtype("float32"))
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def without_markers(folder, data):
+    """A tokenizer whose model lacks the chat markers that its template uses."""
+    tokens.train_sentencepiece(["7+5=12"], folder, symbols=())
+    template = json.loads((folder / "tokenizer_config.json").read_text())
+    template["chat_template"] = "{{ '<|other|>' }}"
+    template["eos_token"] = "<|other|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(template))
+    return str(folder)
+
+
+GOOD_ROW = '{"prompt": "7+5=", "answer": "12", "response": "<think></think>12"}'
+
+# What is wrong -> (how a config gets there, what the sentence says).
+BAD_INPUT = {
+    "no data": (
+        lambda c, d, t: c.data.update(path=str(t / "none")),
+        "no data set at .*none",
+    ),
+    "bad line": (
+        lambda c, d, t: c.data.update(
+            path=write_lines(t / "rows.jsonl", GOOD_ROW, "{broken"), split=""
+        ),
+        "rows.jsonl line 2",
+    ),
+    "empty data": (
+        lambda c, d, t: c.data.update(path=write_lines(t / "rows.jsonl"), split=""),
+        "rows.jsonl holds no examples",
+    ),
+    "long prompt": (
+        lambda c, d, t: c.evaluation.update(max_prompt_tokens=5),
+        "the prompt has .* tokens, the limit is 5",
+    ),
+    "long sample": (lambda c, d, t: c.data.update(row_tokens=16), "but a row has 16"),
+    "no tokenizer": (lambda c, d, t: c.update(tokenizer=str(t)), "tokenizer"),
+    "no markers": (
+        lambda c, d, t: c.update(tokenizer=without_markers(t / "tokenizer", d)),
+        "<\\|",
+    ),
+    "small vocabulary": (lambda c, d, t: c.model.update(vocab_size=100), "vocab"),
+    "no start": (
+        lambda c, d, t: c.update(init_from=str(t)),
+        "neither a Hugging Face folder",
+    ),
+    "no reward": (
+        lambda c, d, t: c.rewards.update(kind="none:f"),
+        "there is no module none",
+    ),
+    "rows do not split": (
+        lambda c, d, t: c.update(batch_rows=9, micro_rows=9),
+        "micro_rows=9 must be a multiple of the 8 shards",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_is_one_sentence_before_any_work(what, data, tmp_path):
+    spoil, sentence = BAD_INPUT[what]
+    config = small(sft_tiny.get_config(), data)
+    spoil(config, data, tmp_path)
+    with pytest.raises(InputError, match=sentence) as error:
+        start(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_of_another_config_is_refused(sft_run):
+    workdir, config = sft_run
+    other = config.copy_and_resolve_references()
+    other.optim.peak_lr = 1.0
+    with pytest.raises(InputError, match=r"config.optim.peak_lr was 0.005, is 1.0"):
+        start(other, workdir)
+
+
+def test_truncated_data_set_is_named(data, tmp_path):
+    shutil.copytree(data / "arithmetic" / "1.0.0", tmp_path / "data")
+    (file,) = (tmp_path / "data").glob("*-sft.array_record*")
+    file.write_bytes(file.read_bytes()[:1000])
+    config = small(sft_tiny.get_config(), data)
+    config.data.path = str(tmp_path / "data")
+    with pytest.raises(InputError, match="data"):
+        start(config, tmp_path / "run")

@@ -104,7 +104,12 @@ def test_greedy_is_the_argmax_and_a_stop_token_belongs_to_its_row(params, greedy
     assert not all(group[0].finished for group in groups)
 
 
-SAMPLED = {"max_new_tokens": N, "num_samples": 2, "stop_ids": (5, 50, 70, 71), "seed": 7}
+SAMPLED = {
+    "max_new_tokens": N,
+    "num_samples": 2,
+    "stop_ids": (5, 50, 70, 71),
+    "seed": 7,
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,8 @@ def test_logprobs_are_those_of_the_trainer(params, sampling, padding):
                 "right": np.arange(len(ids)),
                 "both": np.arange(len(ids)) + 7,
                 # Three empty places before the last token of the prompt.
-                "middle": np.arange(len(ids)) + 3 * (np.arange(len(ids)) >= len(prompt)),
+                "middle": np.arange(len(ids))
+                + 3 * (np.arange(len(ids)) >= len(prompt)),
             }[padding]
             tokens, mask = np.full((1, T), 3, np.int32), np.zeros((1, T), np.int32)
             tokens[0, places], mask[0, places] = ids, 1
@@ -183,9 +189,7 @@ def test_seed_prompt_and_sample_make_the_difference(params):
     prompt = PROMPTS[4]
 
     def one(**other):
-        groups = sampler.generate(
-            params, CONFIG, [prompt, prompt], **SAMPLED | other
-        )
+        groups = sampler.generate(params, CONFIG, [prompt, prompt], **SAMPLED | other)
         return [tuple(tokens) for group in tokens_of(groups) for tokens in group]
 
     base = one()
@@ -382,7 +386,10 @@ def test_keep_largest_is_exact(row, scale, need, by_mass):
     "bad, message",
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"prompts": [[1], [2, V]]}, f"prompt token {V} is not in the vocabulary of {V}"),
+        (
+            {"prompts": [[1], [2, V]]},
+            f"prompt token {V} is not in the vocabulary of {V}",
+        ),
         ({"prompts": [[1], [-1]]}, "prompt token -1 is not"),
         ({"max_new_tokens": 0}, "max_new_tokens of prompt 0 must be at least 1, not 0"),
         ({"max_new_tokens": [3, -2]}, "prompt 1 must be at least 1, not -2"),

@@ -249,9 +249,7 @@ def test_train_step_is_adamw(scale):
         return value, {"ones": jnp.float32(1)}
 
     step = jax.jit(
-        functools.partial(
-            steps.train_step, loss_fn=loss_fn, tx=optim.optimizer(OPTIM)
-        )
+        functools.partial(steps.train_step, loss_fn=loss_fn, tx=optim.optimizer(OPTIM))
     )
     params = {"w": jnp.float32(start)}
     state = steps.init_state(params, optim.optimizer(OPTIM))

@@ -16,7 +16,9 @@ of them. That costs about a second, mostly of import, and is not on the task's d
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -44,6 +46,24 @@ REWARDS = {
 
 # Interpreter and import, on a busy host with a slow disk.
 _START_TIMEOUT_S = 120.0
+
+
+@functools.lru_cache
+def find_reward(kind: str) -> str:
+    """The module:function that a kind names; an InputError if there is no such module."""
+    target = REWARDS.get(kind, kind)
+    if not re.fullmatch(r"[\w.]+:\w+", target):
+        raise InputError(
+            f"unknown reward {kind!r}: use one of {', '.join(REWARDS)}, or 'module:function'"
+        )
+    module = target.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # Of the package that it lies in.
+        found = None
+    if found is None:
+        raise InputError(f"there is no module {module} for the reward {kind!r}")
+    return target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +155,7 @@ class Pool:
           InputError: the kind is unknown.
           RuntimeError: the pool is closed.
         """
-        target = REWARDS.get(kind, kind)
-        if not re.fullmatch(r"[\w.]+:\w+", target):
-            raise InputError(
-                f"unknown reward {kind!r}: use one of {', '.join(REWARDS)}, or 'module:function'"
-            )
+        target = find_reward(kind)
         options["wrong"] = wrong
         request = json.dumps([target, response, ground_truth, options]).encode() + b"\n"
         task = _Task(futures.Future(), request, wrong)
