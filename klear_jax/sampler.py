@@ -20,7 +20,6 @@ import numpy as np
 
 from klear_jax import kv_cache, qwen3
 from klear_jax.errors import InputError
-from klear_jax.sharding import Layout
 
 CDF_BLOCK = 128  # Tokens summed together in the two-level inverse of the distribution.
 
@@ -67,7 +66,6 @@ def generate(
     seed: int | jax.Array = 0,
     prompt_ids: Sequence[int] | None = None,
     num_slots: int = 256,
-    layout: Layout | None = None,
     dtype: jnp.dtype | None = None,
     on_wave: Callable[[list[tuple[int, int, Sample]]], None] | None = None,
 ) -> list[list[Sample]]:
@@ -84,7 +82,6 @@ def generate(
         prompt_ids: what identifies each prompt in the random numbers, int32; default:
             its index.
         num_slots: sequences decoded at once.
-        layout: where the parameters lie, None on one device.
         dtype: of activations and cache; None: the parameters' own.
         on_wave: called with (prompt index, sample index, Sample) of the samples just
             finished, while the next ones are computed.
@@ -99,14 +96,15 @@ def generate(
     key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     requests = list(itertools.product(range(len(prompts)), range(num_samples)))
-    num_slots = min(num_slots, _bucket(len(requests), 1))
-    capacity = max(
-        (len(p) + n for p, n in zip(prompts, limits, strict=True)), default=0
-    )
+    num_slots = min(num_slots, _bucket(max(len(requests), 1), smallest=1))
+    totals = [len(p) + n for p, n in zip(prompts, limits, strict=True)]
+    prompt_tokens = _bucket(max(map(len, prompts), default=1))
     shape = Shape(
         slots=num_slots,
-        prompt_tokens=_bucket(max(map(len, prompts), default=1)),
-        capacity=_bucket(capacity),
+        prompt_tokens=prompt_tokens,
+        new_tokens=_bucket(max(limits, default=1), parts=16),
+        # 36,864 tokens are not given room for 65,536.
+        capacity=max(prompt_tokens, _bucket(max(totals, default=1), parts=16)),
     )
 
     samples: list[list[Sample]] = [[None] * num_samples for _ in prompts]
@@ -181,9 +179,11 @@ def _check(prompts, config, max_new_tokens, num_samples, stop_ids, prompt_ids):
     return limits
 
 
-def _bucket(size: int, smallest: int = 16) -> int:
-    """The next power of two, so that few shapes are ever compiled."""
-    return max(smallest, 1 << (size - 1).bit_length())
+def _bucket(size: int, *, smallest: int = 16, parts: int = 1) -> int:
+    """The next of `parts` equal steps up to the next power of two, so that few shapes are
+    ever compiled."""
+    grain = max(smallest, (1 << (size - 1).bit_length()) // parts)
+    return -(-size // grain) * grain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +192,7 @@ class Shape:
 
     slots: int
     prompt_tokens: int  # Room for a prompt.
+    new_tokens: int  # Room for a response.
     capacity: int  # Room for a prompt with its response.
 
 
@@ -271,15 +272,14 @@ def _prefill(params, config, tokens_BP, length_B, shape, dtype):
     last_BD = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)[
         :, 0
     ]
-    new_tokens = shape.capacity
     return SamplerState(
         cache=kv_cache.from_prefill(k_LBPKH, v_LBPKH, shape.capacity),
         logits_BV=_logits(params, last_BD),
         length_B=length_B,
         count_B=jnp.zeros(B, jnp.int32),
         stopped_B=jnp.zeros(B, bool),
-        tokens_BT=jnp.zeros((B, new_tokens), jnp.int32),
-        logprobs_BT=jnp.zeros((B, new_tokens), jnp.float32),
+        tokens_BT=jnp.zeros((B, shape.new_tokens), jnp.int32),
+        logprobs_BT=jnp.zeros((B, shape.new_tokens), jnp.float32),
     )
 
 

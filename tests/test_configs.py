@@ -350,6 +350,7 @@ def test_sampler_programs(name):
     shape = sampler.Shape(
         slots=s.num_slots,
         prompt_tokens=s.max_prompt_tokens,
+        new_tokens=s.max_new_tokens,
         capacity=s.max_prompt_tokens + s.max_new_tokens,
     )
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -368,7 +369,7 @@ def test_sampler_programs(name):
         dtype=jnp.dtype(c.dtype),
     ).out_info
     for got, dtype in ((out.tokens_BT, jnp.int32), (out.logprobs_BT, jnp.float32)):
-        assert (got.shape, got.dtype) == ((B, shape.capacity), dtype)
+        assert (got.shape, got.dtype) == ((B, shape.new_tokens), dtype)
 
 
 def test_state_is_split_over_the_mesh():
