@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.top_p = 1.0  # [R] 1: all tokens.
     c.rollout.top_k = 0  # [R] 0: all tokens.
     c.rollout.num_slots = 256  # [ours] Sequences decoded at once: memory and speed.
+    c.rollout.stop_strings = ()  # [ours] Text that ends a response, beside the stop ids.
     # Drop groups of equal 'reward' or of equal 'accuracy' [R]; 'none' drops none.
     c.rollout.filter = "reward"  # [P] 5.2.5.
     c.rollout.normalize_std = True  # [P] Eq. 4, unbiased and + 1e-6 as in [R].

@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.top_p = 1.0  # 1: all tokens.
     c.rollout.top_k = 0  # 0: all tokens.
     c.rollout.num_slots = 256  # Sequences decoded at once.
+    c.rollout.stop_strings = ()  # Text that ends a response, beside the stop ids.
     c.rollout.filter = "reward"  # Drop groups of equal 'reward', 'accuracy'; or 'none'.
     c.rollout.normalize_std = True  # Advantages over the group's standard deviation.
 

@@ -82,6 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.max_prompt_tokens = 4_096  # [ours] As in RL; a longer one is an error.
     c.evaluation.max_new_tokens = 32_768  # [P] Table 1 without 64K.
     c.evaluation.num_slots = 256  # [ours] Sequences decoded at once: memory and speed.
+    c.evaluation.stop_strings = ()  # [ours] Text that ends a response, beside the stop ids.
     c.evaluation.seed = 1_000  # [ours] Of the samples; training uses others.
     c.evaluation.every = 0  # [ours] Steps between evaluations during training; 0: none.
 

@@ -81,6 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.max_prompt_tokens = 24  # A longer prompt is an error.
     c.evaluation.max_new_tokens = 48
     c.evaluation.num_slots = 512  # Sequences decoded at once.
+    c.evaluation.stop_strings = ()  # Text that ends a response, beside the stop ids.
     c.evaluation.seed = 1_000  # Of the samples; training uses others.
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.
 

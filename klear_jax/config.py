@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
@@ -28,6 +29,9 @@ CONFIG_FILE = (
 
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs a command; an InputError is one line on stderr and exit code 2."""
+    # A second run of the same program skips its compilation.
+    cache = pathlib.Path("~/.cache/klear_jax").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold("warning")
     try:

@@ -44,6 +44,7 @@ class EvaluationConfig:
     max_prompt_tokens: int
     max_new_tokens: int
     num_slots: int
+    stop_strings: tuple[str, ...]
     seed: int
     every: int  # Steps of training between evaluations; 0: never.
 
@@ -112,6 +113,7 @@ def evaluate(
             key=jax.random.key(config.seed),
             max_new_tokens=config.max_new_tokens,
             num_slots=config.num_slots,
+            stop_strings=config.stop_strings,
             dtype=dtype,
             **sampling,
         )

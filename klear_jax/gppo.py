@@ -197,6 +197,7 @@ def run(config: GppoConfig) -> None:
                     top_p=config.rollout.top_p,
                     top_k=config.rollout.top_k,
                     num_slots=config.rollout.num_slots,
+                    stop_strings=config.rollout.stop_strings,
                     dtype=jnp.dtype(config.dtype),
                 )
                 chosen = rollout.select(

@@ -300,7 +300,15 @@ def layer(
     Returns:
         The residual stream, and the second result of `attend`.
     """
-    w = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights)
+
+    def gather(param, weight):
+        axes = (None if axis == "embed" else axis for axis in param.axes[1:])
+        return constrain(weight.astype(x_BTD.dtype), layout, *axes)
+
+    # Weights are gathered over fsdp before they are used, and not left to the partitioner:
+    # from rows split over (data, fsdp) and D split over fsdp it made, for a stream split
+    # over tensor on a mesh of 2 x 2 x 2, wrong numbers (jax 0.10.2 and 0.12.0).
+    w = jax.tree.map(gather, param_table(config)["layers"], weights)
     x_BTD = constrain(x_BTD, layout, "batch", "seq", None)
     h_BTD = rms_norm(x_BTD, w["attn_norm"], config.norm_eps)
     q_BTNH = project(h_BTD, w["wq"])

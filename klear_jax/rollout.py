@@ -13,7 +13,7 @@ import numpy as np
 from klear_jax import advantages, losses, qwen3, sampler
 from klear_jax.errors import InputError
 from klear_jax.rewards.pool import Outcome, Pool, find_reward
-from klear_jax.tokens import Tokenizer
+from klear_jax.tokens import Tokenizer, cut_at_stop
 
 FILTERS = ("reward", "accuracy", "none")
 
@@ -31,6 +31,7 @@ class RolloutConfig:
     top_p: float
     top_k: int
     num_slots: int  # Sequences decoded at once.
+    stop_strings: tuple[str, ...]  # End a response, beside the tokenizer's stop ids.
     filter: str  # Drop groups of equal 'reward' (paper), of equal 'accuracy' (code), or 'none'.
     normalize_std: bool  # Divide advantages by the group's standard deviation.
 
@@ -108,6 +109,7 @@ def collect(
     *,
     num_samples: int,
     key: jax.Array,
+    stop_strings: Sequence[str],
     **sampling: Any,
 ) -> Rollout:
     """Samples responses and scores each while later ones are still being decoded.
@@ -116,21 +118,23 @@ def collect(
         prompts: tokens, prompt_ids, answers, problems, one entry a prompt each.
         num_samples: responses to each prompt.
         key: of this step's randomness.
+        stop_strings: text that ends a response, beside the tokenizer's stop ids.
         sampling: keyword arguments of `sampler.generate`.
     """
     n = num_samples
-    texts = [""] * (len(prompts["tokens"]) * n)
-    futures = [None] * len(texts)
+    count = len(prompts["tokens"]) * n
+    samples, texts, futures = [None] * count, [""] * count, [None] * count
 
     def score(wave):
         for i, j, sample in wave:
             b = i * n + j
-            texts[b] = tokenizer.decode(sample.tokens)
+            samples[b] = cut(sample, tokenizer, stop_strings)
+            texts[b] = tokenizer.decode(samples[b].tokens)
             futures[b] = pool.submit(
                 rewards.kind, texts[b], prompts["answers"][i], **rewards.options
             )
 
-    samples = sampler.generate(
+    sampler.generate(
         params,
         model,
         prompts["tokens"],
@@ -142,16 +146,26 @@ def collect(
         **sampling,
     )
     outcomes = [future.result() for future in futures]
-    group_B = np.repeat(np.arange(len(samples)), n)
+    group_B = np.repeat(np.arange(len(prompts["tokens"])), n)
     return Rollout(
         problems=[prompts["problems"][g] for g in group_B],
         prompts=[prompts["tokens"][g] for g in group_B],
-        samples=[sample for group in samples for sample in group],
+        samples=samples,
         texts=texts,
         outcomes=outcomes,
         reward_B=np.array([outcome.score for outcome in outcomes], np.float32),
         group_B=group_B,
     )
+
+
+def cut(
+    sample: sampler.Sample, tokenizer: Tokenizer, stop_strings: Sequence[str]
+) -> sampler.Sample:
+    """A sample that a stop string ends, up to the token that completes it."""
+    kept, stopped = cut_at_stop(tokenizer, sample.tokens, stop_strings)
+    if not stopped:
+        return sample
+    return sampler.Sample(list(kept), sample.logprobs[: len(kept)], finished=True)
 
 
 def select(rollout: Rollout, config: RolloutConfig, full_credit: float) -> np.ndarray:

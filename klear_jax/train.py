@@ -7,9 +7,6 @@ The same command, given again, resumes from the newest checkpoint of the workdir
 
 from typing import Any
 
-import jax
-from etils import epath
-
 from klear_jax import config, gppo, sft
 from klear_jax.errors import InputError
 
@@ -40,7 +37,4 @@ def parse(values: dict[str, Any]) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    jax.config.update(
-        "jax_compilation_cache_dir", str(epath.Path("~/.cache/klear_jax").expanduser())
-    )
     config.run_main(main)

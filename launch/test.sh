@@ -6,4 +6,5 @@ source launch/setup.sh
 setup ".[test]"
 ruff check --quiet .
 ruff format --quiet --check .
-python -m pytest --numprocesses="${TEST_PROCESSES:-2}" "$@"
+# A file stays in one process: its tests share compiled programs.
+python -m pytest --numprocesses="${TEST_PROCESSES:-2}" --dist=loadfile "$@"

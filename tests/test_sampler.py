@@ -1,7 +1,5 @@
 """The sampler against the trainer's forward pass, exact probabilities and its own other shapes."""
 
-import functools
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
