@@ -52,11 +52,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.batch_rows = 48  # Rows of one optimizer update; about 100 samples.
     c.micro_rows = 48  # Rows of one forward and backward pass, over all devices.
-    c.num_steps = 600  # Optimizer updates.
+    c.num_steps = 400  # Optimizer updates.
 
     c.optim = ml_collections.ConfigDict()  # AdamW.
     c.optim.peak_lr = 5e-3
-    c.optim.end_lr = 2.5e-3  # At the last step.
+    c.optim.end_lr = 5e-4  # At the last step.
     c.optim.decay = "linear"  # 'linear' or 'cosine', from peak_lr to end_lr.
     c.optim.decay_start = 0.6  # Share of the steps.
     c.optim.warmup_steps = 50  # Linear.
@@ -86,6 +86,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.
 
     c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 300  # Steps; the last step is always saved.
+    c.checkpoint.every = 200  # Steps; the last step is always saved.
     c.checkpoint.keep = 2  # The newest ones.
     return c

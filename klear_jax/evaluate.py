@@ -59,6 +59,8 @@ class EvaluationConfig:
                 raise InputError(
                     f"evaluation.{name} must be at least 1, not {getattr(self, name)}"
                 )
+        if "" in self.stop_strings:
+            raise InputError("evaluation.stop_strings holds an empty string")
         if not self.num_samples and not self.greedy:
             raise InputError(
                 "evaluation asks for nothing: num_samples is 0 and greedy is False"

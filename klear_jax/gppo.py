@@ -164,8 +164,8 @@ def run(config: GppoConfig) -> None:
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
         pool,
     ):
-        first = checkpoints.steps_done
-        key = jax.random.key(config.seed)
+        first, key = checkpoints.steps_done, jax.random.key(config.seed)
+        full_credit = config.rewards.full_credit
         state, shardings = checkpoint.train_state(
             checkpoints,
             prompts,
@@ -190,19 +190,11 @@ def run(config: GppoConfig) -> None:
                     tokenizer,
                     pool,
                     config.rewards,
-                    num_samples=config.rollout.samples_per_prompt,
                     key=jax.random.fold_in(key, step),
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    temperature=config.rollout.temperature,
-                    top_p=config.rollout.top_p,
-                    top_k=config.rollout.top_k,
-                    num_slots=config.rollout.num_slots,
-                    stop_strings=config.rollout.stop_strings,
                     dtype=jnp.dtype(config.dtype),
+                    **config.rollout.sampling(),
                 )
-                chosen = rollout.select(
-                    samples, config.rollout, config.rewards.full_credit
-                )
+                chosen = rollout.select(samples, config.rollout, full_credit)
                 rows = rollout.make_rows(samples, chosen, config.rollout)
             with watch.phase("score"):
                 rows["old_logp"] = old_logprobs(
@@ -214,19 +206,17 @@ def run(config: GppoConfig) -> None:
                 for mini in rollout.mini_batches(
                     rows,
                     samples.group_B[chosen],
-                    samples.reward_B[chosen] == config.rewards.full_credit,
+                    samples.reward_B[chosen] == full_credit,
                     prompts=config.minibatch_prompts,
                     aggregation=config.loss.aggregation,
                 ):
-                    count = -(-len(mini["tokens"]) // config.micro_rows)
-                    room = num_micro(config, config.minibatch_prompts)
-                    batch = steps.micro_batches(mini, config.micro_rows, room, layout)
+                    batch, count = place(mini, config.minibatch_prompts, config, layout)
                     state, metrics = update(state, batch, count, rate)
                     found.append(metrics)
                 found = jax.device_get(found)
             for metrics in found:
                 require_finite(metrics, rows, config.workdir, step)
-            values = rollout.sample_metrics(samples, chosen, config.rewards.full_credit)
+            values = rollout.sample_metrics(samples, chosen, full_credit)
             values |= (
                 update_metrics(found) | logprob_gap(rows) | {"learning_rate": rate}
             )
@@ -238,12 +228,20 @@ def run(config: GppoConfig) -> None:
             values |= watch.lap()
             writer.write(step, values)
             writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
-            bar.set_postfix(
-                correct=f"{values['reward/correct']:.2f}",
-                length=f"{values['samples/length']:.0f}",
-            )
+            bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
                 checkpoints.save(step + 1, state, prompts)
+
+
+def place(
+    rows: dict[str, np.ndarray], prompts: int, config: GppoConfig, layout: Layout
+) -> tuple[steps.Batch, int]:
+    """Rows as micro-batches on the devices, with room for the samples of so many prompts,
+    and how many micro-batches are real."""
+    batch = steps.micro_batches(
+        rows, config.micro_rows, num_micro(config, prompts), layout
+    )
+    return batch, -(-len(rows["tokens"]) // config.micro_rows)
 
 
 def old_logprobs(
@@ -255,9 +253,7 @@ def old_logprobs(
 ) -> np.ndarray:
     """The trainer's own log-probs of the rows, [b, T], before any update."""
     inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
-    room = num_micro(config, config.rollout.max_groups)
-    batch = steps.micro_batches(inputs, config.micro_rows, room, layout)
-    count = -(-len(rows["tokens"]) // config.micro_rows)
+    batch, count = place(inputs, config.rollout.max_groups, config, layout)
     logp_MBT = jax.device_get(score(params, batch, count))
     return logp_MBT.reshape(-1, logp_MBT.shape[-1])[: len(rows["tokens"])]
 

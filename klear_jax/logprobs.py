@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from klear_jax import qwen3
-from klear_jax.sharding import Layout
+from klear_jax.sharding import Layout, constrain
 
 VOCAB_BLOCK = 2048  # Columns of logits held at once, per shard of the vocabulary.
 
@@ -95,6 +95,9 @@ def head_logprobs(
     Returns:
         logp_BT and entropy_BT, float32 nats. The entropy is a metric: it has no gradient.
     """
+    # Whole in D, where the residual stream may be split: the contraction is with a head
+    # whose D lies on other devices.
+    hidden_BTD = constrain(hidden_BTD, layout, "batch", "seq", None)
     shards = 1 if layout is None else layout.shards("vocab")
     logp_N, entropy_N = _head(
         hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),

@@ -41,20 +41,26 @@ class RolloutConfig:
             "max_groups",
             "samples_per_prompt",
             "max_prompt_tokens",
+            "max_new_tokens",
+            "num_slots",
         ):
             if getattr(self, name) < 1:
                 raise InputError(
                     f"rollout.{name} must be at least 1, not {getattr(self, name)}"
                 )
-        if self.max_new_tokens < 1 or self.num_slots < 1:
-            raise InputError(
-                "rollout.max_new_tokens and rollout.num_slots must be at least 1"
-            )
+        if "" in self.stop_strings:
+            raise InputError("rollout.stop_strings holds an empty string")
         if self.filter not in FILTERS:
             raise InputError(
                 f"rollout.filter must be one of {FILTERS}, not {self.filter!r}"
             )
         sampler.Sampling(self.temperature, self.top_p, self.top_k)
+
+    def sampling(self) -> dict[str, Any]:
+        """The keyword arguments of `collect`."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_slots")
+        arguments = {name: getattr(self, name) for name in (*names, "stop_strings")}
+        return arguments | {"num_samples": self.samples_per_prompt}
 
     @property
     def row_tokens(self) -> int:

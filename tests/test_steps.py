@@ -144,15 +144,18 @@ def whole(params, rows):
     return {name: jax.device_get(grads(name)) for name in ("lm", "gppo")}
 
 
+ROOM = {8: 1, 4: 4, 2: 4}  # Micro-batches of so many rows: few shapes to compile.
+
+
 @pytest.mark.parametrize(
     "name, mesh, remat, cuts",
     # A cut: rows of a micro-batch, packed or not.
     [
-        ("lm", (1, 1, 1), False, [(8, False), (4, False), (2, False), (1, True)]),
-        ("gppo", (1, 1, 1), True, [(8, False), (4, False), (2, False), (2, True)]),
+        ("lm", (1, 1, 1), False, [(4, False), (4, True)]),
+        ("gppo", (1, 1, 1), False, [(8, False), (4, False), (2, False), (2, True)]),
         ("gppo", (2, 2, 2), False, [(4, False), (4, True)]),
         ("gppo", (1, 8, 1), True, [(8, True)]),  # Half of the rows are empty.
-        ("lm", (4, 1, 2), False, [(4, False)]),
+        ("lm", (4, 1, 2), True, [(4, False)]),
     ],
 )
 def test_any_cut_gives_the_same_gradients(params, rows, whole, name, mesh, remat, cuts):
@@ -161,9 +164,8 @@ def test_any_cut_gives_the_same_gradients(params, rows, whole, name, mesh, remat
     for micro_rows, packed in cuts:
         some = pack(rows) if packed else rows
         count = -(-len(some["tokens"]) // micro_rows)
-        batch = steps.micro_batches(some, micro_rows, count, layout)
-        got = program(spread, batch, count)
-        assert_same(got, whole[name])
+        batch = steps.micro_batches(some, micro_rows, ROOM[micro_rows], layout)
+        assert_same(program(spread, batch, count), whole[name])
 
 
 def assert_same(got, want):
@@ -178,6 +180,9 @@ def assert_same(got, want):
         np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-6)
 
 
+assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+
+
 def test_the_batch_reaches_every_region(whole):
     metrics = whole["gppo"][1]
     for name in ("tokens_low", "tokens_high", "grad_mass_low", "grad_mass_high"):
@@ -190,14 +195,15 @@ def test_the_batch_reaches_every_region(whole):
 
 def test_what_is_empty_or_beyond_the_count_adds_nothing(params, rows, whole):
     layout, program = accumulate("lm", (1, 1, 1))
-    batch = steps.micro_batches(rows, 4, 6, layout)
+    params = sharding.put(params, qwen3.params_shardings(CONFIG, layout))
+    batch = steps.micro_batches(rows, 4, ROOM[4], layout)
     want = program(params, batch, 2)
     before = program._cache_size()
     assert_same(want, whole["lm"])
-    for count in (3, 6):
-        jax.tree.map(np.testing.assert_array_equal, program(params, batch, count), want)
+    for count in (3, 4):
+        assert_equal(program(params, batch, count), want)
     batch["weight"] = batch["weight"].at[2:].set(jnp.nan)
-    jax.tree.map(np.testing.assert_array_equal, program(params, batch, 2), want)
+    assert_equal(program(params, batch, 2), want)
     nothing = program(params, batch, 0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(nothing))
     assert program._cache_size() == before  # One program for any count.
@@ -295,7 +301,7 @@ def compiled(name, layout, params, **model):
     return sharding.put(state, shardings), program, shardings
 
 
-GOLDEN = {"loss": 0.0, "grad_norm": 0.0, "update_norm": 0.0}
+GOLDEN = {"loss": 0.7919383, "grad_norm": 4.44613, "update_norm": 0.1364962}
 
 
 def test_golden_step_is_donated_and_sharded(params, rows):
@@ -311,17 +317,16 @@ def test_golden_step_is_donated_and_sharded(params, rows):
     assert new.step == 1
     assert new.params["layers"]["wq"].sharding.spec[1:3] == ("fsdp", "tensor")
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    jax.tree.map(lambda leaf, want: _same_place(leaf, want), new, shardings)
-    moments = new.opt_state[1]
-    jax.tree.map(_same_place, moments.mu, shardings.params)
-    jax.tree.map(_same_place, moments.nu, shardings.params)
+    jax.tree.map(assert_placed, new, shardings)
+    jax.tree.map(assert_placed, new.opt_state[1].mu, shardings.params)
+    jax.tree.map(assert_placed, new.opt_state[1].nu, shardings.params)
     assert all(value.sharding.is_fully_replicated for value in metrics.values())
     newer, _ = program(new, batch, 3, 2e-3)
     assert newer.step == 2
     assert program._cache_size() == 1
 
 
-def _same_place(leaf, want):
+def assert_placed(leaf, want):
     assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
 
 
