@@ -155,9 +155,11 @@ def score(params, tokens, mask):
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(
     # With the longest prompt always, for few shapes to compile.
-    order=st.sets(st.integers(0, 3)).flatmap(lambda s: st.permutations([*s, 4])),
-    num_samples=st.integers(1, 2),
-    num_slots=st.sampled_from([1, 2, 4]),
+    order=st.sets(st.integers(0, 3), min_size=1).flatmap(
+        lambda s: st.permutations([*s, 4])
+    ),
+    num_samples=st.integers(2, 3),
+    num_slots=st.sampled_from([1, 4]),
     limits=st.lists(st.integers(1, N), min_size=5, max_size=5),
 )
 def test_a_sample_depends_on_its_own_request_only(
@@ -202,14 +204,14 @@ def test_nothing_to_do(params):
     assert sampler.generate(params, CONFIG, [], max_new_tokens=3) == []
 
 
-@pytest.mark.parametrize("num_slots", [2, 4, 256])
+@pytest.mark.parametrize("num_slots", [1, 4, 256])
 def test_on_wave_hands_out_every_sample_once(params, num_slots):
     waves = []
     got = sampler.generate(
         params, CONFIG, PROMPTS, **SAMPLED, num_slots=num_slots, on_wave=waves.append
     )
     assert [len(wave) for wave in waves] == {
-        2: [2] * 5,
+        1: [1] * 10,
         4: [4, 4, 2],
         256: [10],
     }[num_slots]
