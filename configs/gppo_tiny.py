@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.too_long = "error"  # A longer prompt: 'error' or 'truncate_left'.
 
     c.rollout = ml_collections.ConfigDict()
-    c.rollout.prompts = 32  # Generated a step.
+    c.rollout.prompts = 64  # Generated a step; as in the recipe, twice what is used at most.
     c.rollout.max_groups = 32  # Used a step at most, after the filter.
     c.rollout.samples_per_prompt = 8
     c.rollout.max_prompt_tokens = 24
@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0
     c.rollout.top_p = 1.0  # 1: all tokens.
     c.rollout.top_k = 0  # 0: all tokens.
-    c.rollout.num_slots = 256  # Sequences decoded at once.
+    c.rollout.num_slots = 512  # Sequences decoded at once.
     c.rollout.stop_strings = ()  # Text that ends a response, beside the stop ids.
     c.rollout.filter = "reward"  # Drop groups of equal 'reward', 'accuracy'; or 'none'.
     c.rollout.normalize_std = True  # Advantages over the group's standard deviation.
@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.loss = sections.gppo_loss()
     c.minibatch_prompts = 8  # Groups of one optimizer update.
     c.micro_rows = 64  # Rows of one forward and backward pass, over all devices.
-    c.num_steps = 50  # Rollout batches.
+    c.num_steps = 60  # Rollout batches.
 
     c.optim = ml_collections.ConfigDict()
     c.optim.peak_lr = 3e-4
