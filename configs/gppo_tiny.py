@@ -31,9 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.too_long = "error"  # A longer prompt: 'error' or 'truncate_left'.
 
     c.rollout = ml_collections.ConfigDict()
-    c.rollout.prompts = (
-        64  # Generated a step; as in the recipe, twice what is used at most.
-    )
+    c.rollout.prompts = 64  # Generated a step: twice what is used, as in the recipe.
     c.rollout.max_groups = 32  # Used a step at most, after the filter.
     c.rollout.samples_per_prompt = 8
     c.rollout.max_prompt_tokens = 24
