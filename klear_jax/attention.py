@@ -1,19 +1,27 @@
-"""Causal attention within segments: one function for training, scoring and prefill, and
-one step of decoding over a cache.
+"""Causal attention: within segments for training and scoring, over pages for sampling.
 
-Shape letters: B rows, T query tokens, S key tokens, N = K x G query heads, K key/value
-heads, H head width.
+Shape letters: B rows (slots, blocks of queries), T query tokens, S key tokens,
+N = K x G query heads, K key/value heads, H head width; A pages of the pool, P tokens of a
+page, M pages of a sequence, Q queries of a block, X pairs of slot and page.
 """
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
+    ragged_paged_attention,
+)
 
 QUERY_BLOCK = (
     512  # Rows longer than this never hold all of their [T, S] scores at once.
 )
 MASKED = -1e30  # Finite, so that a fully masked row of scores stays a number.
+# Of the TPU kernel: keys held at once, slots that share a block of queries, bytes.
+KERNEL_KEYS = 1024
+KERNEL_DECODE_ROWS = 8
+KERNEL_VMEM = 64 << 20
 
 
 def attention(
@@ -62,21 +70,181 @@ def _attend(k_BSKH, v_BSKH, index_BS, segment_BS, q_BTKGH, index_BT, segment_BT)
     return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
 
 
-def decode_attention(
-    q_BNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, length_B: jax.Array
+def paged_attention(
+    q_BQNH: jax.Array,
+    k_AKHP: jax.Array,
+    v_AKPH: jax.Array,
+    table_BM: jax.Array,
+    start_B: jax.Array,
 ) -> jax.Array:
-    """One query a row against the first `length` entries of its cache; out_BNH.
+    """Blocks of Q queries against the pages of their sequences: prefill, in XLA.
 
-    The cache keeps K as [.., H, S] and V as [.., S, H]: both dots then read it in the
-    order it lies in memory, which on CPU is worth a factor of 1.6.
+    A page after the other, with a running maximum. A query's result is the same to the
+    bit whatever other blocks there are: pages behind its own add exactly nothing.
+
+    Args:
+        q_BQNH: query i of a block stands at position start + i.
+        k_AKHP, v_AKPH: the pool. Both dots read it in the order it lies in memory.
+        table_BM: the pages of each block's sequence, in order.
+        start_B: the position of a block's first query.
+
+    Returns:
+        out_BQNH.
+    """
+    B, Q, N, H = q_BQNH.shape
+    _, K, _, P = k_AKHP.shape
+    q_BKCH = (
+        q_BQNH.reshape(B, Q, K, N // K, H)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(B, K, Q * (N // K), H)
+    )
+    position_BC = start_B[:, None] + jnp.arange(Q * (N // K))[None] // (N // K)
+
+    def add_page(m, carry):
+        top_BKC, sum_BKC, out_BKCH = carry
+        page_B = jax.lax.dynamic_index_in_dim(table_BM, m, axis=1, keepdims=False)
+        scores_BKCP = _scale(
+            jnp.einsum(
+                "BKCH,BKHP->BKCP",
+                q_BKCH,
+                k_AKHP[page_B],
+                preferred_element_type=jnp.float32,
+            ),
+            H,
+        )
+        sees_BCP = (m * P + jnp.arange(P))[None, None] <= position_BC[:, :, None]
+        scores_BKCP = jnp.where(sees_BCP[:, None], scores_BKCP, MASKED)
+        new_top_BKC = jnp.maximum(top_BKC, scores_BKCP.max(axis=-1))
+        keep_BKC = jnp.exp(top_BKC - new_top_BKC)
+        prob_BKCP = jnp.exp(scores_BKCP - new_top_BKC[..., None])
+        sum_BKC = sum_BKC * keep_BKC + prob_BKCP.sum(axis=-1)
+        out_BKCH = out_BKCH * keep_BKC[..., None] + jnp.einsum(
+            "BKCP,BKPH->BKCH",
+            prob_BKCP.astype(v_AKPH.dtype),
+            v_AKPH[page_B],
+            preferred_element_type=jnp.float32,
+        )
+        return new_top_BKC, sum_BKC, out_BKCH
+
+    # Page 0 holds a key that every query sees: from then on the maximum is a score.
+    zeros_BKC = jnp.zeros(q_BKCH.shape[:3], jnp.float32)
+    carry = (zeros_BKC + MASKED, zeros_BKC, jnp.zeros(q_BKCH.shape, jnp.float32))
+    num_pages = (start_B.max() + Q - 1) // P + 1
+    _, sum_BKC, out_BKCH = jax.lax.fori_loop(0, num_pages, add_page, carry)
+    out_BKCH = (out_BKCH / sum_BKC[..., None]).astype(v_AKPH.dtype)
+    return (
+        out_BKCH.reshape(B, K, Q, N // K, H)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(q_BQNH.shape)
+    )
+
+
+@flax.struct.dataclass
+class PagePairs:
+    """The pages in use, as (slot, page of the slot) pairs, slot by slot: what decoding in
+    XLA reads, however unequal the slots are."""
+
+    slot_X: jax.Array
+    order_X: jax.Array  # The how-manieth page of its slot.
+    first_B: jax.Array  # Where a slot's pairs begin.
+
+
+def page_pairs(pages_B: jax.Array, size: int) -> PagePairs:
+    """The pairs of slots that use so many pages; `size` at least their sum."""
+    end_B = jnp.cumsum(pages_B)
+    first_B = end_B - pages_B
+    slot_X = jnp.searchsorted(end_B, jnp.arange(size), side="right")
+    # What is left over reads page 0 of the last slot, and nobody reads the result.
+    slot_X = jnp.minimum(slot_X, len(pages_B) - 1).astype(jnp.int32)
+    order_X = jnp.arange(size, dtype=jnp.int32) - first_B[slot_X]
+    return PagePairs(slot_X, jnp.where(order_X < pages_B[slot_X], order_X, 0), first_B)
+
+
+def paged_decode_attention(
+    q_BNH: jax.Array,
+    k_AKHP: jax.Array,
+    v_AKPH: jax.Array,
+    table_BM: jax.Array,
+    length_B: jax.Array,
+    pairs: PagePairs,
+) -> jax.Array:
+    """One query a slot against the first `length` tokens of its pages, in XLA; out_BNH.
+
+    Work follows the pages in use, not slots x longest: every (slot, page) pair gets its
+    own softmax, and a slot's pairs are then weighed against each other. A slot's result
+    is the same to the bit whatever the others hold.
     """
     B, N, H = q_BNH.shape
-    K = k_BKHS.shape[1]
-    q_BKGH = q_BNH.reshape(B, K, N // K, H)
-    scores_BKGS = jnp.einsum(
-        "BKGH,BKHS->BKGS", q_BKGH, k_BKHS, preferred_element_type=jnp.float32
+    _, K, _, P = k_AKHP.shape
+    page_X = table_BM[pairs.slot_X, pairs.order_X]
+    q_XKGH = q_BNH.reshape(B, K, N // K, H)[pairs.slot_X]
+    scores_XKGP = _scale(
+        jnp.einsum(
+            "XKGH,XKHP->XKGP",
+            q_XKGH,
+            k_AKHP[page_X],
+            preferred_element_type=jnp.float32,
+        ),
+        H,
     )
-    sees_BS = jnp.arange(k_BKHS.shape[-1])[None] < length_B[:, None]
-    scores_BKGS = jnp.where(sees_BS[:, None, None], scores_BKGS * H**-0.5, MASKED)
-    probs_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", probs_BKGS, v_BKSH).reshape(B, N, H)
+    filled_X = length_B[pairs.slot_X] - pairs.order_X * P
+    sees_XP = jnp.arange(P)[None] < filled_X[:, None]
+    scores_XKGP = jnp.where(sees_XP[:, None, None], scores_XKGP, MASKED)
+    top_XKG = scores_XKGP.max(axis=-1)
+    prob_XKGP = jnp.exp(scores_XKGP - top_XKG[..., None])
+    sum_XKG = prob_XKGP.sum(axis=-1)
+    out_XKGH = jnp.einsum(
+        "XKGP,XKPH->XKGH",
+        prob_XKGP.astype(v_AKPH.dtype),
+        v_AKPH[page_X],
+        preferred_element_type=jnp.float32,
+    )
+
+    pair_BM = pairs.first_B[:, None] + jnp.arange(table_BM.shape[1])[None]
+    own_BM = jnp.arange(table_BM.shape[1])[None] * P < length_B[:, None]
+    pair_BM = jnp.minimum(pair_BM, len(page_X) - 1)
+    top_BMKG = jnp.where(own_BM[:, :, None, None], top_XKG[pair_BM], MASKED)
+    weight_BMKG = jnp.exp(top_BMKG - top_BMKG.max(axis=1, keepdims=True))
+    weight_BMKG = jnp.where(own_BM[:, :, None, None], weight_BMKG, 0.0)
+    sum_BKG = jnp.sum(weight_BMKG * sum_XKG[pair_BM], axis=1)
+    out_BKGH = jnp.sum(weight_BMKG[..., None] * out_XKGH[pair_BM], axis=1)
+    # A slot without a token has no weight at all; its result is never used.
+    out_BKGH /= jnp.maximum(sum_BKG, 1e-30)[..., None]
+    return out_BKGH.reshape(B, N, H).astype(v_AKPH.dtype)
+
+
+def _scale(scores, head_dim):
+    return scores * head_dim**-0.5
+
+
+def paged_attention_tpu(
+    q_BQNH: jax.Array,
+    kv_APCH: jax.Array,
+    table_BM: jax.Array,
+    start_B: jax.Array,
+) -> jax.Array:
+    """`paged_attention`, and for Q = 1 `paged_decode_attention`, as one Pallas kernel.
+
+    Args:
+        kv_APCH: the pool; C = 2 x K heads, key and value of each in turn.
+        start_B: the position of a block's first query; its last key is its last query.
+
+    Returns:
+        out_BQNH.
+    """
+    B, Q, N, H = q_BQNH.shape
+    _, P, _, _ = kv_APCH.shape
+    out_TNH = ragged_paged_attention(
+        q_BQNH.reshape(B * Q, N, H),
+        kv_APCH,
+        start_B + Q,
+        table_BM,
+        jnp.arange(B + 1, dtype=jnp.int32) * Q,
+        jnp.full((1,), B, jnp.int32),
+        sm_scale=H**-0.5,
+        # Told, since the kernel would ask a TPU that may not be there.
+        num_kv_pages_per_block=min(max(KERNEL_KEYS // P, 1), table_BM.shape[1]),
+        num_queries_per_block=min(B * Q, KERNEL_DECODE_ROWS if Q == 1 else Q),
+        vmem_limit_bytes=KERNEL_VMEM,
+    )
+    return out_TNH.reshape(q_BQNH.shape)

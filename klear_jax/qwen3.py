@@ -10,6 +10,7 @@ loop over layers, differ. Shape letters: WORKSPACE.md.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -338,9 +339,8 @@ def forward(
     layout: Layout | None = None,
     dtype: jnp.dtype | None = None,
     remat: bool = False,
-    return_kv: bool = False,
-) -> Any:
-    """All layers over whole rows: training, scoring, prefill.
+) -> jax.Array:
+    """All layers over whole rows: training and scoring.
 
     Args:
         tokens_BT: token ids.
@@ -350,11 +350,9 @@ def forward(
         layout: how activations are split; None on one device.
         dtype: of the activations; None: the parameters' own.
         remat: keep only the stream between layers for the backward pass.
-        return_kv: also return keys and values.
 
     Returns:
-        hidden_BTD after the final norm, before the head; with `return_kv`, also
-        (k_LBTKH, v_LBTKH).
+        hidden_BTD after the final norm, before the head.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -367,17 +365,15 @@ def forward(
         q_BTNH = constrain(q_BTNH, layout, "batch", "seq", "heads", None)
         k_BTKH = constrain(k_BTKH, layout, "batch", "seq", "kv_heads", None)
         v_BTKH = constrain(v_BTKH, layout, "batch", "seq", "kv_heads", None)
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        return out_BTNH, (k_BTKH, v_BTKH) if return_kv else None
+        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), None
 
     def body(x_BTD, weights):
         return layer(x_BTD, weights, config, rope, attend, layout)
 
-    x_BTD, kv = jax.lax.scan(
+    x_BTD, _ = jax.lax.scan(
         jax.checkpoint(body) if remat else body, x_BTD, params["layers"]
     )
-    hidden_BTD = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
-    return (hidden_BTD, kv) if return_kv else hidden_BTD
+    return rms_norm(x_BTD, params["final_norm"], config.norm_eps)
 
 
 def embed(
@@ -397,30 +393,58 @@ def embed(
 def decode(
     params: Params,
     config: Config,
-    tokens_B: jax.Array,
-    positions_B: jax.Array,
-    attend_layers: list[Attend],
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Callable[..., tuple[jax.Array, Any]],
+    cache: Any,
     *,
+    layout: Layout | None = None,
     dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, list[Any]]:
-    """One token a row through all layers, unrolled: on CPU, where a scan would copy the
-    cache, this is four times faster.
+) -> tuple[jax.Array, Any]:
+    """All layers over tokens whose past lies in a cache: sampling.
 
     Args:
-        tokens_B, positions_B: the last token of each row, and its position.
-        attend_layers: per layer, how its query meets its cache.
+        params: with the layers stacked, which are then walked by a loop that carries the
+            cache; or unstacked by `unstack_layers`, then unrolled: on CPU a loop would
+            copy the cache, and slice every weight, at every step.
+        attend: called with (layer index, cache, q_BTNH, k_BTKH, v_BTKH), returns out_BTNH
+            and the cache.
 
     Returns:
-        hidden_BD after the final norm, and what each layer's `attend` returned.
+        hidden_BTD after the final norm, and the cache.
     """
-    x_BTD = embed(params, tokens_B[:, None], dtype)
-    rope = rope_angles(config, positions_B[:, None])
-    kept = []
-    for i, attend in enumerate(attend_layers):
-        weights = jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"])
-        x_BTD, kept_i = layer(x_BTD, weights, config, rope, attend)
-        kept.append(kept_i)
-    return rms_norm(x_BTD, params["final_norm"], config.norm_eps)[:, 0], kept
+    x_BTD = embed(params, tokens_BT, dtype, layout)
+    rope = rope_angles(config, positions_BT)
+
+    def one(i, carry, weights):
+        x_BTD, cache = carry
+        return layer(
+            x_BTD, weights, config, rope, functools.partial(attend, i, cache), layout
+        )
+
+    carry, layers = (x_BTD, cache), params["layers"]
+    if isinstance(layers, tuple):
+        for i, weights in enumerate(layers):
+            carry = one(i, carry, weights)
+    else:
+        carry = jax.lax.fori_loop(
+            0,
+            config.num_layers,
+            lambda i, carry: one(i, carry, jax.tree.map(lambda w: w[i], layers)),
+            carry,
+        )
+    x_BTD, cache = carry
+    return rms_norm(x_BTD, params["final_norm"], config.norm_eps), cache
+
+
+def unstack_layers(params: Params) -> Params:
+    """Parameters with the layers as a tuple of trees, for `decode`."""
+    num_layers = len(params["layers"]["attn_norm"])
+    layers = tuple(
+        jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"])
+        for i in range(num_layers)
+    )
+    return {**params, "layers": layers}
 
 
 def ranks_in_segment(segment_ids_BT: jax.Array) -> jax.Array:

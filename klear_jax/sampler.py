@@ -1,27 +1,37 @@
 """The sampler: prompts in, samples with their log-probabilities out; token ids, no text.
 
-It runs the trainer's own layer on the trainer's own parameters. The random number behind
-a token is a pure function of (seed, prompt, sample, position), so that a sample does not
-depend on its slot, its batch mates or the order of requests.
+It runs the trainer's own layer on the trainer's own parameters, over a paged cache, and
+refills a slot as soon as its sample has ended. The random number behind a token is a pure
+function of (seed, prompt, sample, position), so that a sample does not depend on its slot,
+its batch mates, the order of requests or on what was preempted.
 
-Shape letters: B slots, P prompt tokens, T response tokens, V vocabulary, D width.
+    groups -> scheduler -> prefill, decode (device) -> scheduler -> samples
+
+The device works on one call while the host prepares the next: `run` reads the results of
+a call only when its successor is under way.
+
+Shape letters: R replicas (shards of the slots over the batch axes of the mesh), B slots of
+a replica, X blocks of Q tokens of a prefill, W waiting states, S steps, M pages of a slot,
+V vocabulary, D width.
 """
 
+import collections
 import dataclasses
 import functools
-import itertools
-import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klear_jax import kv_cache, qwen3
+from klear_jax import kv_cache, qwen3, scheduler
+from klear_jax.attention import page_pairs
 from klear_jax.errors import InputError
-
-CDF_BLOCK = 128  # Tokens summed together in the two-level inverse of the distribution.
+from klear_jax.sampling import Sampling, choose, penalise
+from klear_jax.sharding import Layout, constrain, sampling_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +43,66 @@ class Sample:
     finished: bool  # A stop token came before the limit.
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Order: temperature, top-k, top-p."""
+NOT_BEGUN = Sample([], np.zeros(0, np.float32), False)
 
-    temperature: float = 1.0  # 0: the most probable token.
-    top_p: float = 1.0  # The most probable tokens whose mass reaches it; 1: all.
-    top_k: int = 0  # The k most probable tokens; 0: all. Ties with the last one stay.
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A prompt and its samples, as far as they have come."""
+
+    prompt: Sequence[int]
+    prompt_id: int  # What identifies it in the random numbers, int32.
+    key: jax.Array  # A typed key: what `seed` is to `generate`.
+    limit: int  # Tokens of a response.
+    samples: Sequence[Sample]
+
+    def ended(self, sample: Sample) -> bool:
+        return sample.finished or len(sample.tokens) >= self.limit
+
+    @property
+    def complete(self) -> bool:
+        return all(map(self.ended, self.samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How the sampler works; what it draws does not depend on it (but for the last bits
+    of log-probs, which depend on num_slots and page_tokens)."""
+
+    num_slots: int = 256  # Samples decoded at once, over all devices.
+    page_tokens: int = 64  # Tokens of a page of the cache.
+    pool_tokens: int | None = None  # Of the cache, all devices; None: what slots need.
+    prefill_tokens: int = 256  # Of one prefill, on each replica.
+    decode_steps: int = 8  # Between two words with the host.
+    share_prompts: bool = True  # A prompt is computed once for all its samples.
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
+        for name in ("num_slots", "page_tokens", "prefill_tokens", "decode_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
+        if self.pool_tokens is not None and self.pool_tokens < self.page_tokens:
             raise InputError(
-                f"temperature must be 0 (greedy) or more, not {self.temperature}"
+                f"pool_tokens ({self.pool_tokens}) must hold at least one page of "
+                f"page_tokens ({self.page_tokens})"
             )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not self.top_k >= 0:
-            raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
+
+    @property
+    def block_tokens(self) -> int:
+        """A prompt is computed in blocks of so many tokens: a divisor of the page, small
+        on CPU, where what fills a block up costs time."""
+        most = 128 if default_kernel() == "tpu" else 16
+        return max(
+            n
+            for n in range(1, self.page_tokens + 1)
+            if self.page_tokens % n == 0 and n <= most
+        )
+
+
+def default_kernel() -> str:
+    """The kernel for this process's devices; see `kv_cache.KERNELS`."""
+    return "tpu" if jax.default_backend() == "tpu" else "xla"
 
 
 def generate(
@@ -62,90 +115,36 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    repetition_penalty: float = 1.0,
     stop_ids: Sequence[int] = (),
     seed: int | jax.Array = 0,
     prompt_ids: Sequence[int] | None = None,
-    num_slots: int = 256,
     dtype: jnp.dtype | None = None,
-    on_wave: Callable[[list[tuple[int, int, Sample]]], None] | None = None,
+    layout: Layout | None = None,
+    on_finish: Callable[[int, int, Sample], None] | None = None,
+    **engine: Any,
 ) -> list[list[Sample]]:
     """Samples `num_samples` responses to each prompt.
 
     Args:
         prompts: token ids; none may be empty.
         max_new_tokens: the limit of a response in tokens, or one limit a prompt.
-        temperature, top_p, top_k: see `Sampling`. The log-probs returned are those of
-            the whole distribution at temperature 1, whatever these are: a ratio of
-            truncated ones would be biased by the mass cut off.
+        temperature, top_p, top_k, repetition_penalty: see `Sampling`. The log-probs
+            returned are those of the whole distribution at temperature 1, whatever these
+            are: a ratio of truncated ones would be biased by the mass cut off.
         stop_ids: token ids that end a response, and belong to it.
         seed: an integer, or a typed key.
         prompt_ids: what identifies each prompt in the random numbers, int32; default:
             its index.
-        num_slots: sequences decoded at once.
         dtype: of activations and cache; None: the parameters' own.
-        on_wave: called with (prompt index, sample index, Sample) of the samples just
-            finished, while the next ones are computed.
+        layout: of the parameters, where they lie on a mesh: slots then lie on its batch
+            axes, heads on its tensor axis.
+        on_finish: called with (prompt index, sample index, Sample) as samples end.
+        **engine: see `Engine`.
 
     Returns:
         For each prompt, its samples.
     """
-    limits = _check(prompts, config, max_new_tokens, num_samples, stop_ids, prompt_ids)
-    if num_slots < 1:
-        raise InputError(f"num_slots must be at least 1, not {num_slots}")
-    sampling = Sampling(temperature, top_p, top_k)
-    key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
-    prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-    requests = list(itertools.product(range(len(prompts)), range(num_samples)))
-    num_slots = min(num_slots, _bucket(max(len(requests), 1), smallest=1))
-    totals = [len(p) + n for p, n in zip(prompts, limits, strict=True)]
-    prompt_tokens = _bucket(max(map(len, prompts), default=1))
-    shape = Shape(
-        slots=num_slots,
-        prompt_tokens=prompt_tokens,
-        new_tokens=_bucket(max(limits, default=1), parts=16),
-        # 36,864 tokens are not given room for 65,536.
-        capacity=max(prompt_tokens, _bucket(max(totals, default=1), parts=16)),
-    )
-
-    samples: list[list[Sample]] = [[None] * num_samples for _ in prompts]
-
-    def collect(wave, state):
-        state = jax.device_get(state)
-        finished = []
-        for slot, (i, j) in enumerate(wave):
-            n = state.count_B[slot]
-            samples[i][j] = Sample(
-                tokens=state.tokens_BT[slot, :n].tolist(),
-                logprobs=state.logprobs_BT[slot, :n].copy(),  # Lets go of the rest.
-                finished=bool(state.stopped_B[slot]),
-            )
-            finished.append((i, j, samples[i][j]))
-        if on_wave is not None:
-            on_wave(finished)
-
-    running = None
-    for start in range(0, len(requests), num_slots):
-        wave = requests[start : start + num_slots]
-        state = _run_wave(
-            params,
-            **_wave_inputs(wave, prompts, limits, prompt_ids, shape),
-            key=key,
-            stop_ids=jnp.asarray(stop_ids, jnp.int32),
-            config=config,
-            sampling=sampling,
-            shape=shape,
-            dtype=dtype,
-        )
-        if running is not None:  # The device is busy with the next wave meanwhile.
-            collect(*running)
-        running = (wave, state)
-    if running is not None:
-        collect(*running)
-    return samples
-
-
-def _check(prompts, config, max_new_tokens, num_samples, stop_ids, prompt_ids):
-    """The limit of each prompt; an InputError for what cannot be sampled."""
     limits = max_new_tokens
     if isinstance(limits, int | np.integer):
         limits = [int(limits)] * len(prompts)
@@ -155,231 +154,591 @@ def _check(prompts, config, max_new_tokens, num_samples, stop_ids, prompt_ids):
         )
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, not {num_samples}")
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not len(prompt):
-            raise InputError(f"prompt {i} is empty: a sample needs a token to continue")
-        if limit < 1:
-            raise InputError(
-                f"max_new_tokens of prompt {i} must be at least 1, not {limit}"
+    prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+    if len(prompt_ids) != len(prompts):
+        raise InputError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
+    key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
+    groups, _ = sample_groups(
+        params,
+        config,
+        [
+            Group(prompt, int(name), key, int(limit), [NOT_BEGUN] * num_samples)
+            for prompt, name, limit in zip(prompts, prompt_ids, limits, strict=True)
+        ],
+        sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
+        engine=Engine(**engine),
+        stop_ids=stop_ids,
+        dtype=dtype,
+        layout=layout,
+        on_finish=on_finish,
+    )
+    return [list(group.samples) for group in groups]
+
+
+def sample_groups(
+    params: qwen3.Params,
+    config: qwen3.Config,
+    groups: Sequence[Group],
+    *,
+    sampling: Sampling,
+    engine: Engine,
+    stop_ids: Sequence[int] = (),
+    dtype: jnp.dtype | None = None,
+    layout: Layout | None = None,
+    on_finish: Callable[[int, int, Sample], None] | None = None,
+    enough: Callable[[], bool] | None = None,
+) -> tuple[list[Group], dict[str, float]]:
+    """Continues every sample that has not ended; see `generate`.
+
+    Args:
+        enough: asked after each call of decoding; once true, no more is begun, and the
+            samples are returned as far as they have come. It may depend on what
+            `on_finish` has seen, but not on time: all processes must agree.
+
+    Returns:
+        The groups with their samples, and counts of the work (`Scheduler.stats`, with
+        'reshard_bytes', 'reshard_seconds' and 'occupancy', the share of slots that drew a
+        token, over all steps).
+    """
+    check_groups(groups, config, stop_ids)
+    dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
+    shape = _shape(groups, engine, layout)
+    check_fits(groups, shape)
+    start = time.perf_counter()
+    layout = layout and sampling_layout(layout)
+    weights = jax.block_until_ready(
+        _sampling_copy(params, config=config, layout=layout, dtype=dtype)
+    )
+    stats = {
+        "reshard_bytes": sum(x.nbytes for x in jax.tree.leaves(weights)),
+        "reshard_seconds": time.perf_counter() - start,
+    }
+    found = [list(group.samples) for group in groups]
+
+    def finish(result: scheduler.Finished, *, ended: bool) -> None:
+        i, j = result.request.name
+        begun = groups[i].samples[j]
+        found[i][j] = Sample(
+            begun.tokens + result.tokens,
+            np.concatenate([begun.logprobs, result.logprobs]),
+            result.stopped,
+        )
+        if ended and on_finish is not None:
+            on_finish(i, j, found[i][j])
+
+    plan = scheduler.Scheduler(shape, _requests(groups, engine.share_prompts), stop_ids)
+    programs = Programs(weights, config, sampling, shape, stop_ids, layout, dtype)
+    for result in run(plan, programs, enough):
+        finish(result, ended=True)
+    for result in plan.unfinished():
+        finish(result, ended=False)
+    stats |= plan.stats
+    steps = plan.stats["decode_steps"] * shape.replicas * shape.slots
+    stats["occupancy"] = plan.stats["slot_steps"] / max(steps, 1)
+    programs.free()
+    return [
+        dataclasses.replace(group, samples=samples)
+        for group, samples in zip(groups, found, strict=True)
+    ], stats
+
+
+def run(
+    plan: scheduler.Scheduler,
+    programs: "Programs",
+    enough: Callable[[], bool] | None = None,
+) -> Iterator[scheduler.Finished]:
+    """Runs the plan; yields samples as they end, while the next steps are under way."""
+    under_way: collections.deque[tuple[scheduler.Decode, Any, Any]] = (
+        collections.deque()
+    )
+    while True:
+        prefill = batch = None
+        if enough is None or not enough():
+            while (prefill := plan.next_prefill()) is not None:
+                programs.prefill(prefill)
+                # Decoding waits for one prefill at most; but filling slots comes first
+                # while half of them are empty.
+                if plan.half_full:
+                    break
+            batch = plan.next_decode()
+        if batch is not None:
+            under_way.append((batch, *programs.decode(batch)))
+        # One call is always under way while the host reads the one before.
+        if under_way and (batch is None or len(under_way) > 1):
+            batch, tokens_SRB, logprobs_SRB = under_way.popleft()
+            yield from plan.read(
+                batch, np.asarray(tokens_SRB), np.asarray(logprobs_SRB)
             )
-    for what, ids in (("stop id", stop_ids), *(("prompt token", p) for p in prompts)):
+        elif prefill is None and batch is None:
+            return
+
+
+def check_groups(
+    groups: Sequence[Group], config: qwen3.Config, stop_ids: Sequence[int]
+) -> None:
+    """Raises an InputError for what cannot be sampled."""
+
+    def check_tokens(what: str, ids: Sequence[int]) -> None:
         if outside := [int(t) for t in ids if not 0 <= t < config.vocab_size]:
             raise InputError(
                 f"{what} {outside[0]} is not in the vocabulary of {config.vocab_size}"
             )
-    if prompt_ids is not None:
-        if len(prompt_ids) != len(prompts):
-            raise InputError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
-        if len(set(map(int, prompt_ids))) != len(prompts):
+
+    check_tokens("stop id", stop_ids)
+    seen: set[tuple[int, bytes]] = set()
+    for i, group in enumerate(groups):
+        if not len(group.prompt):
+            raise InputError(f"prompt {i} is empty: a sample needs a token to continue")
+        if group.limit < 1:
             raise InputError(
-                "prompt_ids repeat: two prompts would share their random numbers"
+                f"max_new_tokens of prompt {i} must be at least 1, not {group.limit}"
             )
-        if outside := [i for i in map(int, prompt_ids) if not -(2**31) <= i < 2**31]:
-            raise InputError(f"prompt_ids are int32: {outside[0]} is not")
-    return limits
+        check_tokens("prompt token", group.prompt)
+        if not -(2**31) <= group.prompt_id < 2**31:
+            raise InputError(f"prompt_ids are int32: {group.prompt_id} is not")
+        name = group.prompt_id, _key_data(group.key).tobytes()
+        if name in seen:
+            raise InputError(
+                f"prompt_ids repeat ({group.prompt_id}): two prompts would share their "
+                "random numbers"
+            )
+        seen.add(name)
 
 
-def _bucket(size: int, *, smallest: int = 16, parts: int = 1) -> int:
-    """The next of `parts` equal steps up to the next power of two, so that few shapes are
-    ever compiled."""
-    grain = max(smallest, (1 << (size - 1).bit_length()) // parts)
-    return -(-size // grain) * grain
+def check_fits(groups: Sequence[Group], shape: scheduler.Shape) -> None:
+    """Raises an InputError for a prompt whose sample no replica's pages can hold alone."""
+    for i, group in enumerate(groups):
+        # A page more, for the copy of the prompt's last one.
+        need = shape.pages_for(len(group.prompt) + group.limit) + 1
+        if need > shape.pages:
+            raise InputError(
+                f"prompt {i} of {len(group.prompt)} tokens with a response of "
+                f"{group.limit} needs {need} pages of {shape.page_tokens} tokens, and the "
+                f"cache has {shape.pages} on each of {shape.replicas} replica(s): raise "
+                f"pool_tokens to {need * shape.page_tokens * shape.replicas}"
+            )
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a compiled program is for."""
-
-    slots: int
-    prompt_tokens: int  # Room for a prompt.
-    new_tokens: int  # Room for a response.
-    capacity: int  # Room for a prompt with its response.
+def _key_data(key: jax.Array) -> np.ndarray:
+    return np.asarray(jax.random.key_data(key))
 
 
-def _wave_inputs(wave, prompts, limits, prompt_ids, shape):
-    """Host arrays of one wave; slots without a request have a limit of 0."""
-    tokens_BP = np.zeros((shape.slots, shape.prompt_tokens), np.int32)
-    length_B = np.ones(shape.slots, np.int32)
-    limit_B = np.zeros(shape.slots, np.int32)
-    identity_B2 = np.zeros((shape.slots, 2), np.int32)
-    for slot, (i, j) in enumerate(wave):
-        tokens_BP[slot, : len(prompts[i])] = prompts[i]
-        length_B[slot] = len(prompts[i])
-        limit_B[slot] = limits[i]
-        identity_B2[slot] = prompt_ids[i], j
-    return {
-        "tokens_BP": tokens_BP,
-        "length_B": length_B,
-        "limit_B": limit_B,
-        "identity_B2": identity_B2,
-    }
+def _requests(groups: Sequence[Group], share_prompts: bool) -> list[scheduler.Prompt]:
+    """The samples that have not ended, by what they have in common."""
+    prompts = []
+    for i, group in enumerate(groups):
+        together: dict[Any, scheduler.Prompt] = {}
+        for j, begun in enumerate(group.samples):
+            if group.ended(begun):
+                continue
+            name = tuple(begun.tokens) if share_prompts else j
+            if name not in together:
+                tokens = np.array([*group.prompt, *begun.tokens], np.int32)
+                together[name] = scheduler.Prompt(tokens, collections.deque())
+            drawn = len(begun.tokens)
+            who = np.array([group.prompt_id, j], np.int32).view(np.uint32)
+            together[name].requests.append(
+                scheduler.Request(
+                    name=(i, j),
+                    key=np.concatenate([_key_data(group.key), who]),
+                    limit=group.limit - drawn,
+                    drawn=drawn,
+                )
+            )
+        prompts += together.values()
+    return prompts
+
+
+def _shape(
+    groups: Sequence[Group], engine: Engine, layout: Layout | None
+) -> scheduler.Shape:
+    """The sizes of the programs, in few steps, so that few are ever compiled."""
+    replicas = 1 if layout is None else layout.shards("batch")
+    if engine.num_slots % replicas:
+        raise InputError(
+            f"num_slots={engine.num_slots} must be a multiple of the {replicas} shards of "
+            f"a batch (mesh axes {layout.rules['batch']})"
+        )
+    requests = sum(not g.ended(s) for g in groups for s in g.samples)
+    slots = min(engine.num_slots // replicas, _bucket(-(-requests // replicas)))
+    P, Q = engine.page_tokens, engine.block_tokens
+    longest = max((len(g.prompt) + g.limit for g in groups), default=1)
+    slot_pages = _bucket(-(-longest // P), parts=16)
+    pages = slots * slot_pages + 1
+    if engine.pool_tokens is not None:
+        pages = engine.pool_tokens // (P * replicas)
+    return scheduler.Shape(
+        replicas=replicas,
+        slots=slots,
+        pages=pages,
+        page_tokens=P,
+        slot_pages=slot_pages,
+        prefill_blocks=-(-engine.prefill_tokens // Q),
+        block_tokens=Q,
+        decode_steps=engine.decode_steps,
+    )
+
+
+def _bucket(size: int, *, parts: int = 1) -> int:
+    """The next of `parts` equal steps up to the next power of two."""
+    grain = max(1, (1 << (max(size, 1) - 1).bit_length()) // parts)
+    return max(1, -(-size // grain)) * grain
+
+
+# --- device ---------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
-class SamplerState:
-    """What a decoding step reads and writes."""
+class States:
+    """Sequences whose next token is to be drawn; leading axes [R, B] or [R, W]."""
 
-    cache: kv_cache.Cache
-    logits_BV: jax.Array  # Of the token to be drawn next.
-    length_B: jax.Array  # Tokens in the cache.
-    count_B: jax.Array  # Tokens drawn.
-    stopped_B: jax.Array  # A stop token was drawn.
-    tokens_BT: jax.Array
-    logprobs_BT: jax.Array
+    hidden: jax.Array  # [.., D] of the last token, after the final norm.
+    seen: jax.Array | None  # [.., V] bool, with a repetition penalty: tokens so far.
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "shape", "dtype"))
-def _run_wave(
-    params,
-    tokens_BP,
-    length_B,
-    limit_B,
-    identity_B2,
-    key,
-    stop_ids,
+@flax.struct.dataclass
+class Slots:
+    """What decoding reads and writes, beside the cache."""
+
+    states: States
+    length_RB: jax.Array  # Tokens in the cache.
+    count_RB: jax.Array  # Tokens of the response.
+    stopped_RB: jax.Array
+
+
+def pair_sizes(shape: scheduler.Shape) -> list[int]:
+    """Sizes of XLA's list of (slot, page) pairs: a program each, from 64 up by 3/2, 4/3."""
+    most, sizes = shape.slots * shape.slot_pages, []
+    size = 64
+    while size < most:
+        sizes += [size, size * 3 // 2]
+        size *= 2
+    return [size for size in sizes if size < most] + [most]
+
+
+class Programs:
+    """The sampler's programs bound to their weights, and the state they hand on."""
+
+    def __init__(
+        self,
+        weights: qwen3.Params,
+        config: qwen3.Config,
+        sampling: Sampling,
+        shape: scheduler.Shape,
+        stop_ids: Sequence[int],
+        layout: Layout | None,
+        dtype: jnp.dtype,
+    ):
+        """Makes the cache and empty slots."""
+        self._weights, self._shape = weights, shape
+        kernel = "xla" if isinstance(weights["layers"], tuple) else "tpu"
+        self._static = {"config": config, "layout": layout, "dtype": dtype}
+        self._sampling = sampling
+        self._pair_sizes = pair_sizes(shape) if kernel == "xla" else [0]
+        # Padded, so that their number changes no program.
+        self._stop_ids = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
+        self._stop_ids[: len(stop_ids)] = stop_ids
+        self._pool, self._slots, self._waiting = init_state(
+            shape=shape, kernel=kernel, sampling=sampling, **self._static
+        )
+
+    def prefill(self, batch: scheduler.Prefill) -> None:
+        self._pool, self._waiting = prefill(
+            self._weights, self._pool, self._waiting, vars(batch), **self._static
+        )
+
+    def decode(self, batch: scheduler.Decode) -> tuple[jax.Array, jax.Array]:
+        """Copies pages, decodes; tokens and log-probs, [S, R, B] each, soon on the host."""
+        if any(batch.copies):
+            source_RB, target_RB = self._copies(batch.copies)
+            self._pool = copy_pages(
+                self._pool, source_RB, target_RB, layout=self._static["layout"]
+            )
+        names = ("table", "limit", "key", "source", "start", "drawn")
+        self._pool, self._slots, tokens_SRB, logprobs_SRB = decode(
+            self._weights,
+            self._pool,
+            self._slots,
+            self._waiting,
+            {name: getattr(batch, name) for name in names},
+            np.int32(batch.steps),
+            self._stop_ids,
+            sampling=self._sampling,
+            max_steps=self._shape.decode_steps,
+            num_pairs=min(n for n in self._pair_sizes if n >= batch.pairs or n == 0),
+            **self._static,
+        )
+        tokens_SRB.copy_to_host_async()
+        logprobs_SRB.copy_to_host_async()
+        return tokens_SRB, logprobs_SRB
+
+    def _copies(self, copies):
+        """As many as slots can begin at once; the rest have no target."""
+        shape = self._shape.replicas, self._shape.slots
+        source_RB = np.zeros(shape, np.int32)
+        target_RB = np.full(shape, self._shape.pages, np.int32)
+        for r, pairs in enumerate(copies):
+            for b, (source, target) in enumerate(pairs):
+                source_RB[r, b], target_RB[r, b] = source, target
+        return source_RB, target_RB
+
+    def free(self) -> None:
+        """Gives the memory of weights and cache back before the update needs it."""
+        for x in jax.tree.leaves((self._weights, self._pool)):
+            x.delete()
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "dtype"))
+def _sampling_copy(params, *, config, layout, dtype):
+    """The weights in the dtype and layout of sampling: cast and moved in one program."""
+
+    def one(param, x):
+        return constrain(x.astype(dtype), layout, *param.axes)
+
+    copy = jax.tree.map(one, qwen3.param_table(config), params)
+    return qwen3.unstack_layers(copy) if default_kernel() == "xla" else copy
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "shape", "kernel", "layout", "dtype"),
+)
+def init_state(
     *,
     config: qwen3.Config,
     sampling: Sampling,
-    shape: Shape,
-    dtype,
-) -> SamplerState:
-    """Prefill, then decoding until every slot has stopped or met its limit."""
-    key_B = jax.vmap(
-        lambda identity: jax.random.fold_in(
-            jax.random.fold_in(key, identity[0]), identity[1]
-        )
-    )(identity_B2)
-    state = _prefill(params, config, tokens_BP, length_B, shape, dtype)
+    shape: scheduler.Shape,
+    kernel: str,
+    layout: Layout | None,
+    dtype: jnp.dtype,
+) -> tuple[kv_cache.Pool, Slots, States]:
+    """An empty cache, empty slots, and no waiting prompts."""
 
-    def running(state):
-        return jnp.any(~state.stopped_B & (state.count_B < limit_B))
-
-    def step(state):
-        return _decode_step(
-            params, config, sampling, state, key_B, limit_B, stop_ids, dtype
+    def states(rows):
+        lead = shape.replicas, rows
+        seen = jnp.zeros((*lead, config.vocab_size), bool)
+        return States(
+            hidden=jnp.zeros((*lead, config.width), dtype),
+            seen=seen if sampling.penalises else None,
         )
 
-    state = jax.lax.while_loop(running, step, state)
-    return state.replace(cache=None, logits_BV=None)
-
-
-def _prefill(params, config, tokens_BP, length_B, shape, dtype):
-    B, P = tokens_BP.shape
-    real_BP = (jnp.arange(P)[None] < length_B[:, None]).astype(jnp.int32)
-    hidden_BPD, (k_LBPKH, v_LBPKH) = qwen3.forward(
-        params, config, tokens_BP, segment_ids_BT=real_BP, dtype=dtype, return_kv=True
+    pool = kv_cache.empty_pool(
+        config,
+        kv_cache.PoolShape(shape.replicas, shape.pages, shape.page_tokens, kernel),
+        dtype,
     )
-    last_BD = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)[
-        :, 0
-    ]
-    return SamplerState(
-        cache=kv_cache.from_prefill(k_LBPKH, v_LBPKH, shape.capacity),
-        logits_BV=_logits(params, last_BD),
-        length_B=length_B,
-        count_B=jnp.zeros(B, jnp.int32),
-        stopped_B=jnp.zeros(B, bool),
-        tokens_BT=jnp.zeros((B, shape.new_tokens), jnp.int32),
-        logprobs_BT=jnp.zeros((B, shape.new_tokens), jnp.float32),
+    zeros_RB = jnp.zeros((shape.replicas, shape.slots), jnp.int32)
+    slots = Slots(states(shape.slots), zeros_RB, zeros_RB, zeros_RB != 0)
+    waiting = states(shape.waiting)
+    return _place(pool, layout), _batch(slots, layout), _batch(waiting, layout)
+
+
+def _place(pool, layout):
+    return jax.tree.map(lambda x: constrain(x, layout, *pool.axes), pool)
+
+
+def _batch(tree, layout):
+    """Pins arrays whose first axis is the replica."""
+    return jax.tree.map(
+        lambda x: constrain(x, layout, "batch", *[None] * (x.ndim - 1)), tree
     )
 
 
-def _logits(params, hidden_BD):
-    head_VD = qwen3.head_weight(params).astype(hidden_BD.dtype)
-    return jnp.einsum(
-        "BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32
-    )
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "layout", "dtype"),
+    donate_argnames=("pool", "waiting"),
+)
+def prefill(
+    params: qwen3.Params,
+    pool: kv_cache.Pool,
+    waiting: States,
+    batch: dict[str, jax.Array],
+    *,
+    config: qwen3.Config,
+    layout: Layout | None,
+    dtype: jnp.dtype,
+) -> tuple[kv_cache.Pool, States]:
+    """Computes blocks of prompts; the states of prompts that end among them.
 
-
-def _decode_step(params, config, sampling, state, key_B, limit_B, stop_ids, dtype):
-    """Draws a token a slot, and computes the logits of the next. Slots that are done
-    compute along, and change nothing."""
-    active_B = ~state.stopped_B & (state.count_B < limit_B)
-    token_B = choose(
-        state.logits_BV, jax.vmap(jax.random.fold_in)(key_B, state.count_B), sampling
-    )
-    logprob_BV = jax.nn.log_softmax(state.logits_BV)
-    logprob_B = jnp.take_along_axis(logprob_BV, token_B[:, None], axis=1)[:, 0]
-
-    slot_B = jnp.arange(len(token_B))
-    where_B = jnp.where(
-        active_B, state.count_B, state.tokens_BT.shape[1]
-    )  # Beyond: dropped.
-    attends = [
-        functools.partial(kv_cache.append_and_attend, k, v, state.length_B)
-        for k, v in zip(state.cache.k, state.cache.v, strict=True)
-    ]
-    hidden_BD, kept = qwen3.decode(
-        params, config, token_B, state.length_B, attends, dtype=dtype
-    )
-    return SamplerState(
-        cache=kv_cache.Cache(k=tuple(k for k, _ in kept), v=tuple(v for _, v in kept)),
-        logits_BV=_logits(params, hidden_BD),
-        length_B=state.length_B + active_B,
-        count_B=state.count_B + active_B,
-        stopped_B=state.stopped_B | (active_B & jnp.isin(token_B, stop_ids)),
-        tokens_BT=state.tokens_BT.at[slot_B, where_B].set(token_B, mode="drop"),
-        logprobs_BT=state.logprobs_BT.at[slot_B, where_B].set(logprob_B, mode="drop"),
-    )
-
-
-def choose(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws a token from each row of float32 logits, [B] int32, without sorting."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # The maximum goes first, so that no temperature makes inf - inf. Unnormalised.
-    below_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-    prob_BV = jnp.exp(below_BV / sampling.temperature)
-    if 0 < sampling.top_k < prob_BV.shape[-1]:
-        prob_BV = _keep_largest(
-            prob_BV, lambda keep_BV: keep_BV.sum(axis=-1) >= sampling.top_k
-        )
-    if sampling.top_p < 1:
-        need_B = sampling.top_p * prob_BV.sum(axis=-1)
-        prob_BV = _keep_largest(
-            prob_BV, lambda keep_BV: jnp.sum(prob_BV, axis=-1, where=keep_BV) >= need_B
-        )
-    uniform_B = jax.vmap(jax.random.uniform)(key_B)
-    return _invert_cdf(prob_BV, uniform_B)
-
-
-def _keep_largest(prob_BV: jax.Array, enough) -> jax.Array:
-    """Zeroes all but the fewest largest entries that are `enough` (ties stay together).
-
-    Floats of one sign order like their bits: the threshold is found bit by bit, exactly,
-    in 31 passes over the row whatever its length.
+    Args:
+        batch: the arrays of a `scheduler.Prefill`.
     """
-    bits_BV = jax.lax.bitcast_convert_type(prob_BV, jnp.int32)
+    batch = _batch(batch, layout)
+    tokens_RXQ, row_RX, last_RX = batch["tokens"], batch["row"], batch["last"]
+    R, X, Q = tokens_RXQ.shape
+    rows = kv_cache.Rows(batch["table"], batch["start"], batch["active"], pairs=None)
+    position_RXQ = batch["start"][..., None] + jnp.arange(Q)[None, None]
+    hidden_RTD, pool = qwen3.decode(
+        params,
+        config,
+        tokens_RXQ.reshape(R, X * Q),
+        position_RXQ.reshape(R, X * Q),
+        functools.partial(_attend, rows, layout),
+        pool,
+        layout=layout,
+        dtype=dtype,
+    )
+    hidden_RXQD = hidden_RTD.reshape(R, X, Q, -1)
+    last_RXD = jnp.take_along_axis(
+        hidden_RXQD, jnp.maximum(last_RX, 0)[..., None, None], axis=2
+    )[:, :, 0]
+    replica_R1 = jnp.arange(R)[:, None]
+    nowhere = waiting.hidden.shape[1]
+    ends_RX = jnp.where(last_RX >= 0, row_RX, nowhere)
+    hidden = waiting.hidden.at[replica_R1, ends_RX].set(last_RXD, mode="drop")
+    seen = waiting.seen
+    if seen is not None:
+        begins_RX = jnp.where(batch["start"] == 0, row_RX, nowhere)
+        seen = seen.at[replica_R1, begins_RX].set(False, mode="drop")
+        seen = seen.at[
+            replica_R1[..., None],
+            jnp.broadcast_to(row_RX[..., None], tokens_RXQ.shape),
+            tokens_RXQ,
+        ].set(True, mode="drop")
+    return _place(pool, layout), _batch(States(hidden, seen), layout)
 
-    def try_bit(i, threshold_B):
-        higher_B = threshold_B | (1 << (30 - i))
-        return jnp.where(enough(bits_BV >= higher_B[:, None]), higher_B, threshold_B)
 
-    threshold_B = jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(len(prob_BV), jnp.int32))
-    return jnp.where(bits_BV >= threshold_B[:, None], prob_BV, 0.0)
+def _attend(rows, layout, layer, pool, q, k, v):
+    return kv_cache.append_and_attend(layer, pool, rows, q, k, v, layout=layout)
 
 
-def _invert_cdf(prob_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """The token at which the running sum of a row first exceeds uniform x total.
+copy_pages = jax.jit(
+    kv_cache.copy_pages, static_argnames="layout", donate_argnames="pool"
+)
 
-    Summed in two levels, so that a long row loses no precision. A token of probability
-    zero is never drawn, whatever the rounding.
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "max_steps", "num_pairs", "layout", "dtype"),
+    donate_argnames=("pool", "slots"),
+)
+def decode(
+    params: qwen3.Params,
+    pool: kv_cache.Pool,
+    slots: Slots,
+    waiting: States,
+    batch: dict[str, jax.Array],
+    num_steps: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    config: qwen3.Config,
+    sampling: Sampling,
+    max_steps: int,
+    num_pairs: int,
+    layout: Layout | None,
+    dtype: jnp.dtype,
+) -> tuple[kv_cache.Pool, Slots, jax.Array, jax.Array]:
+    """Draws `num_steps` tokens a slot; slots that are done compute along for nothing.
+
+    Args:
+        batch: arrays of a `scheduler.Decode`.
+        num_pairs: of (slot, page) that XLA reads; 0 for the TPU kernel.
+
+    Returns:
+        Cache, slots, tokens_SRB, logprobs_SRB: S = max_steps, zeros beyond num_steps.
     """
-    B, V = prob_BV.shape
-    prob_BXC = jnp.pad(prob_BV, [(0, 0), (0, -V % CDF_BLOCK)]).reshape(B, -1, CDF_BLOCK)
-    mass_BX = prob_BXC.sum(axis=-1)
-    sum_BX = jnp.cumsum(mass_BX, axis=-1)
-    need_B = uniform_B * sum_BX[:, -1]
-    block_B = _first_above(sum_BX, mass_BX, need_B)
-    before_B = jnp.take_along_axis(sum_BX - mass_BX, block_B[:, None], axis=1)[:, 0]
-    prob_BC = jnp.take_along_axis(prob_BXC, block_B[:, None, None], axis=1)[:, 0]
-    sum_BC = before_B[:, None] + jnp.cumsum(prob_BC, axis=-1)
-    return (block_B * CDF_BLOCK + _first_above(sum_BC, prob_BC, need_B)).astype(
-        jnp.int32
+    batch = _batch(batch, layout)
+    slots = _begin(slots, waiting, batch)
+    limit_RB, table_RBM = batch["limit"], batch["table"]
+    key_RB = _sample_keys(batch["key"])
+    pairs = None
+    if num_pairs:
+        P = pool.k[0].shape[-1]
+        left_RB = jnp.where(slots.stopped_RB, 0, limit_RB - slots.count_RB)
+        end_RB = slots.length_RB + jnp.minimum(left_RB, num_steps)
+        pages_RB = jnp.where(left_RB > 0, -(-end_RB // P), 0)
+        pairs = jax.vmap(lambda pages_B: page_pairs(pages_B, num_pairs))(pages_RB)
+
+    def step(i, carry):
+        pool, slots, tokens_SRB, logprobs_SRB = carry
+        active_RB = ~slots.stopped_RB & (slots.count_RB < limit_RB)
+        token_RB, logprob_RB = _draw(
+            params,
+            slots.states,
+            jax.vmap(jax.vmap(jax.random.fold_in))(key_RB, slots.count_RB),
+            sampling,
+        )
+        rows = kv_cache.Rows(table_RBM, slots.length_RB, active_RB, pairs)
+        hidden_RBD, pool = qwen3.decode(
+            params,
+            config,
+            token_RB,
+            slots.length_RB,
+            functools.partial(_attend, rows, layout),
+            pool,
+            layout=layout,
+            dtype=dtype,
+        )
+        seen = slots.states.seen
+        if seen is not None:
+            R, B, _ = seen.shape
+            seen = seen.at[jnp.arange(R)[:, None], jnp.arange(B)[None], token_RB].set(
+                True
+            )
+        slots = Slots(
+            states=States(hidden_RBD, seen),
+            length_RB=slots.length_RB + active_RB,
+            count_RB=slots.count_RB + active_RB,
+            stopped_RB=slots.stopped_RB | (active_RB & jnp.isin(token_RB, stop_ids)),
+        )
+        return (
+            pool,
+            slots,
+            tokens_SRB.at[i].set(token_RB),
+            logprobs_SRB.at[i].set(logprob_RB),
+        )
+
+    S_RB = (max_steps, *limit_RB.shape)
+    carry = (pool, slots, jnp.zeros(S_RB, jnp.int32), jnp.zeros(S_RB, jnp.float32))
+    pool, slots, *drawn = jax.lax.fori_loop(0, num_steps, step, carry)
+    # Every process reads the whole of what was drawn.
+    tokens_SRB, logprobs_SRB = (constrain(x, layout, None, None, None) for x in drawn)
+    return _place(pool, layout), _batch(slots, layout), tokens_SRB, logprobs_SRB
+
+
+def _begin(slots: Slots, waiting: States, batch: dict[str, jax.Array]) -> Slots:
+    """The slots with new samples where `source` names a waiting state."""
+    source_RB = batch["source"]
+    new_RB = source_RB >= 0
+
+    def take(old, waiting):
+        row = jnp.take_along_axis(waiting, jnp.maximum(source_RB, 0)[..., None], axis=1)
+        return jnp.where(new_RB[..., None], row, old)
+
+    return Slots(
+        states=jax.tree.map(take, slots.states, waiting),
+        length_RB=jnp.where(new_RB, batch["start"], slots.length_RB),
+        count_RB=jnp.where(new_RB, batch["drawn"], slots.count_RB),
+        stopped_RB=slots.stopped_RB & ~new_RB,
     )
 
 
-def _first_above(sum_BC, prob_BC, need_B):
-    """The first positive entry whose running sum exceeds `need`, else the last positive."""
-    found_BC = (sum_BC > need_B[:, None]) & (prob_BC > 0)
-    last_B = prob_BC.shape[-1] - 1 - jnp.argmax(prob_BC[:, ::-1] > 0, axis=-1)
-    return jnp.where(found_BC.any(axis=-1), jnp.argmax(found_BC, axis=-1), last_B)
+def _sample_keys(key_RB4: jax.Array) -> jax.Array:
+    """The key of each sample: of the run or the step, the prompt and the sample."""
+
+    def one(key_4):
+        key = jax.random.wrap_key_data(key_4[:2])
+        return jax.random.fold_in(jax.random.fold_in(key, key_4[2]), key_4[3])
+
+    return jax.vmap(jax.vmap(one))(key_RB4)
+
+
+def _draw(params, states, key_RB, sampling):
+    """The next token of each slot and its log-prob in the whole distribution."""
+    head_VD = qwen3.head_weight(params)
+    R, B, D = states.hidden.shape
+    logits_NV = jnp.einsum(
+        "ND,VD->NV",
+        states.hidden.reshape(R * B, D),
+        head_VD,
+        preferred_element_type=jnp.float32,
+    )
+    shown_NV = logits_NV
+    if sampling.penalises:
+        seen_NV = states.seen.reshape(logits_NV.shape)
+        shown_NV = penalise(logits_NV, seen_NV, sampling.repetition_penalty)
+    token_N = choose(shown_NV, key_RB.reshape(-1), sampling)
+    logit_N = jnp.take_along_axis(logits_NV, token_N[:, None], axis=1)[:, 0]
+    logprob_N = logit_N - jax.nn.logsumexp(logits_NV, axis=-1)
+    return token_N.reshape(R, B), logprob_N.reshape(R, B)

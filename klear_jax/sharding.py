@@ -7,7 +7,7 @@ other file says PartitionSpec.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,10 @@ class Layout:
     mesh: Mesh
     rules: Rules
 
+    def __hash__(self) -> int:
+        """Of what `==` compares, so that jit can take a layout as a static argument."""
+        return hash((self.mesh, tuple(sorted(self.rules.items()))))
+
     def spec(self, *axes: str | None) -> PartitionSpec:
         """('batch', 'seq') -> PartitionSpec(('data', 'fsdp'), None)."""
         if unknown := {a for a in axes if a is not None} - set(self.rules):
@@ -91,6 +95,52 @@ def constrain(x: jax.Array, layout: Layout | None, *axes: str | None) -> jax.Arr
     if layout is None:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(*axes))
+
+
+def sampling_layout(layout: Layout) -> Layout:
+    """The layout of the sampling copy of the weights, on the same mesh.
+
+    Decoding reads every weight for every token: they are gathered over fsdp once a
+    rollout instead, and the stream of one token is not worth splitting.
+    """
+    return Layout(layout.mesh, {**layout.rules, "embed": (), "residual": ()})
+
+
+def map_replicas(
+    fn: Callable[..., Any],
+    layout: Layout | None,
+    in_axes: Sequence[tuple[str | None, ...]],
+    out_axes: Any,
+) -> Callable[..., Any]:
+    """`fn` on each shard of the batch axes by itself, on this device's part of the others.
+
+    Args:
+        fn: sees the arrays whose first logical axis is 'batch' without that axis.
+        layout: None on one device, where that axis has length 1.
+        in_axes: logical axes of each argument, leading ones for a tree of arrays.
+        out_axes: logical axes of the result, or a tuple of them, one a result.
+    """
+
+    def strip(axes, tree):
+        whole = not axes or axes[0] != "batch"
+        return tree if whole else jax.tree.map(lambda x: x[0], tree)
+
+    def local(*args):
+        found = fn(*map(strip, in_axes, args))
+        return jax.tree.map(lambda x: x[None], found)
+
+    if layout is None:
+        return local
+    several = any(isinstance(axes, tuple) for axes in out_axes)
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=tuple(layout.spec(*axes) for axes in in_axes),
+        out_specs=tuple(layout.spec(*axes) for axes in out_axes)
+        if several
+        else layout.spec(*out_axes),
+        check_vma=False,
+    )
 
 
 def like_params(tree: Any, params_shardings: Any, layout: Layout) -> Any:

@@ -117,35 +117,3 @@ def test_padding_is_harmless():
     for got, want in zip(junk_grads, grads, strict=True):
         np.testing.assert_array_equal(got, want)
         np.testing.assert_array_equal(np.where(real, 0, got), 0)
-
-
-@pytest.mark.parametrize("length", [[37, 37], [1, 20]])
-def test_decode_is_the_last_row(length):
-    q, k, v, _ = inputs()
-    last = np.array(length) - 1
-    one_segment = jnp.ones((B, T), jnp.int32)
-    want = attention.attention(q, k, v, one_segment)[np.arange(B), last]
-    # Entries past the length are whatever an earlier sample left.
-    past = (np.arange(T) > last[:, None])[..., None, None]
-    k, v = (jnp.where(past, 1e4, x) for x in (k, v))
-    got = attention.decode_attention(
-        q[np.arange(B), last],
-        jnp.transpose(k, (0, 2, 3, 1)),
-        jnp.transpose(v, (0, 2, 1, 3)),
-        jnp.asarray(length),
-    )
-    assert got.shape == (B, N, H)
-    np.testing.assert_allclose(got, want, atol=2e-6)
-
-
-def test_decode_in_bf16():
-    q, k, v, _ = inputs(jnp.bfloat16)
-    got = attention.decode_attention(
-        q[:, -1],
-        jnp.transpose(k, (0, 2, 3, 1)),
-        jnp.transpose(v, (0, 2, 1, 3)),
-        jnp.full((B,), T),
-    )
-    assert got.dtype == jnp.bfloat16
-    want = plain(q, k, v, np.ones((B, T)))[:, -1]
-    np.testing.assert_allclose(got, want, atol=0.03)

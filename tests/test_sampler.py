@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klear_jax import logprobs, qwen3, sampler, sharding
+from klear_jax import logprobs, qwen3, sampler, scheduler, sharding
 from klear_jax.errors import InputError
-from klear_jax.sampler import Sampling
+from klear_jax.sampling import Sampling
 
 V = 96
 CONFIG = qwen3.Config(
@@ -152,28 +152,41 @@ def score(params, tokens, mask):
     return logprobs.token_logprobs(params, CONFIG, tokens, mask)
 
 
-@hypothesis.settings(max_examples=20)
+ENGINES = st.fixed_dictionaries(
+    {
+        "num_slots": st.sampled_from([1, 4]),
+        "page_tokens": st.sampled_from([8, 16]),
+        "prefill_tokens": st.sampled_from([16, 48]),
+        # A sample needs 29 tokens at most: one or two at a time, or all.
+        "pool_tokens": st.sampled_from([40, 64, None]),
+        "decode_steps": st.just(3),
+        "share_prompts": st.booleans(),
+    }
+)
+
+
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
-    # With the longest prompt always, for few shapes to compile.
     order=st.sets(st.integers(0, 3), min_size=1).flatmap(
         lambda s: st.permutations([*s, 4])
     ),
     num_samples=st.integers(2, 3),
-    num_slots=st.sampled_from([1, 4]),
     limits=st.lists(st.integers(1, N), min_size=5, max_size=5),
+    engine=ENGINES,
 )
 def test_a_sample_depends_on_its_own_request_only(
-    params, sampled, order, num_samples, num_slots, limits
+    params, sampled, order, num_samples, limits, engine
 ):
+    """Not on slots, pages, arrival, batch mates, or on who was preempted."""
     got = sampler.generate(
         params,
         CONFIG,
         [PROMPTS[i] for i in order],
         **SAMPLED
+        | engine
         | {
             "prompt_ids": order,
             "num_samples": num_samples,
-            "num_slots": num_slots,
             "max_new_tokens": [limits[i] for i in order],
         },
     )
@@ -183,6 +196,120 @@ def test_a_sample_depends_on_its_own_request_only(
             cut = len(whole.tokens) > limits[i]
             assert sample.finished == (whole.finished and not cut)
         assert len(group) == num_samples
+
+
+def groups_of(prompts, samples=1, limit=N):
+    key = jax.random.key(7)
+    return [
+        sampler.Group(prompt, i, key, limit, [sampler.NOT_BEGUN] * samples)
+        for i, prompt in prompts
+    ]
+
+
+def run(params, groups, *, enough=None, stop_ids=(5, 50, 70, 71), **engine):
+    engine = {"num_slots": 4, "page_tokens": 8, "prefill_tokens": 16} | engine
+    return sampler.sample_groups(
+        params,
+        CONFIG,
+        groups,
+        sampling=Sampling(),
+        engine=sampler.Engine(**engine),
+        stop_ids=stop_ids,
+        enough=enough,
+    )
+
+
+def test_with_one_decode_shape_the_bits_are_those_of_the_request(params):
+    """Log-probs too, to the last bit, whoever is in the other slots, and whoever had to
+    start again for want of pages."""
+    numbered = list(enumerate(PROMPTS))
+    whole, _ = run(params, groups_of(numbered, samples=3))
+    want = {group.prompt_id: group.samples for group in whole}
+    for some, engine in (
+        (numbered[::-1], {}),
+        (numbered[:2], {"prefill_tokens": 48}),
+        (numbered[3:], {"share_prompts": False, "decode_steps": 3}),
+        (numbered, {"pool_tokens": 48}),
+    ):
+        got, stats = run(params, groups_of(some, samples=3), **engine)
+        assert ("pool_tokens" in engine) == (stats["preempted_samples"] > 0)
+        for group in got:
+            for sample, other in zip(group.samples, want[group.prompt_id], strict=True):
+                assert sample.tokens == other.tokens
+                np.testing.assert_array_equal(sample.logprobs, other.logprobs)
+
+
+def test_a_phase_ended_early_goes_on_from_where_it_was(params):
+    groups = groups_of(list(enumerate(PROMPTS)), samples=2)
+    whole, _ = run(params, groups)
+    ended = []
+    part, _ = sampler.sample_groups(
+        params,
+        CONFIG,
+        groups,
+        sampling=Sampling(),
+        engine=sampler.Engine(num_slots=4, page_tokens=8, decode_steps=2),
+        stop_ids=(5, 50, 70, 71),
+        on_finish=lambda i, j, sample: ended.append((i, j)),
+        enough=lambda: len(ended) >= 3,
+    )
+    assert 3 <= len(ended) < 10
+    lengths = [len(s.tokens) for group in part for s in group.samples]
+    assert 0 in lengths
+    rest = [
+        (i, j)
+        for i, group in enumerate(part)
+        for j, s in enumerate(group.samples)
+        if not group.ended(s)
+    ]
+    assert sorted(ended + rest) == [(i, j) for i in range(5) for j in range(2)]
+    assert any(0 < len(part[i].samples[j].tokens) < N for i, j in rest)
+    again, stats = run(params, part)
+    for group, want in zip(again, whole, strict=True):
+        assert group.complete
+        for sample, other in zip(group.samples, want.samples, strict=True):
+            assert sample.tokens == other.tokens
+            assert sample.finished == other.finished
+            np.testing.assert_allclose(sample.logprobs, other.logprobs, atol=1e-5)
+    # What had ended was not drawn again.
+    assert stats["slot_steps"] <= len(rest) * N
+    assert run(params, again)[1]["decode_calls"] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_repetition_penalty_is_that_of_hugging_face(params, temperature):
+    """Against the same rule applied to whole forward passes, greedily; and the log-probs
+    returned are those without it."""
+    penalty, prompt = 1.3, PROMPTS[2]
+    sampling = {"temperature": temperature, "repetition_penalty": penalty}
+    (plain, group) = (
+        sampler.generate(params, CONFIG, [prompt], max_new_tokens=N, **kind)[0]
+        for kind in ({"temperature": temperature}, sampling)
+    )
+    ids = list(prompt)
+    for n in range(N):
+        row = np.zeros((1, 32), np.int32)
+        row[0, : len(ids)] = ids
+        hidden = np.asarray(jitted_forward(params, row))[0, len(ids) - 1]
+        logits = hidden @ np.asarray(params["lm_head"]).T
+        seen = np.unique(ids)
+        shown = logits.copy()
+        shown[seen] = np.where(
+            logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty
+        )
+        token = group[0].tokens[n]
+        if temperature == 0:
+            assert token == shown.argmax()
+        logp = logits - logits.max()
+        logp -= np.log(np.exp(logp).sum())
+        assert abs(group[0].logprobs[n] - logp[token]) < 1e-4
+        ids.append(token)
+    assert plain[0].tokens != group[0].tokens
+
+
+@jax.jit
+def jitted_forward(params, row):
+    return qwen3.forward(params, CONFIG, row)
 
 
 def test_seed_prompt_and_sample_make_the_difference(params):
@@ -205,184 +332,87 @@ def test_nothing_to_do(params):
 
 
 @pytest.mark.parametrize("num_slots", [1, 4, 256])
-def test_on_wave_hands_out_every_sample_once(params, num_slots):
-    waves = []
+def test_samples_are_handed_out_once_as_they_end(params, num_slots):
+    found, order = {}, []
+
+    def on_finish(i, j, sample):
+        assert (i, j) not in found
+        found[i, j] = sample
+        order.append((i, j))
+
+    limits = [12, 1, 12, 1, 1]
     got = sampler.generate(
-        params, CONFIG, PROMPTS, **SAMPLED, num_slots=num_slots, on_wave=waves.append
+        params,
+        CONFIG,
+        PROMPTS,
+        **SAMPLED | {"max_new_tokens": limits},
+        num_slots=num_slots,
+        decode_steps=2,
+        on_finish=on_finish,
     )
-    assert [len(wave) for wave in waves] == {
-        1: [1] * 10,
-        4: [4, 4, 2],
-        256: [10],
-    }[num_slots]
-    found = {(i, j): sample for wave in waves for i, j, sample in wave}
     assert len(found) == 10
     assert all(sample is got[i][j] for (i, j), sample in found.items())
+    if num_slots == 256:  # Short ones first: nobody waits for the slowest.
+        assert {i for i, _ in order[:6]} == {1, 3, 4}
 
 
-def test_one_bucket_is_compiled_once(params, sampled):
-    def run(prompts, **other):
+def test_one_bucket_is_compiled_once(params):
+    def compiled():
+        programs = (sampler.prefill, sampler.decode, sampler.init_state)
+        return [program._cache_size() for program in programs]
+
+    def go(prompts, **other):
         return sampler.generate(params, CONFIG, prompts, **SAMPLED | other)
 
-    size = sampler._run_wave._cache_size
-    first = run([PROMPTS[0], PROMPTS[2]])  # 4 slots, prompts of 16, 32 tokens in all.
-    before = size()
-    run([[1, 2, 3], [4]], seed=1, max_new_tokens=[14, 1], stop_ids=(1, 2, 3, 4))
-    run([[1, 2, 3]], num_samples=3, max_new_tokens=16)
-    run([[1, 2, 3]], num_samples=9, max_new_tokens=16, num_slots=4)
-    assert size() == before
-    # Another bucket than that of `sampled`, and the same samples.
-    assert tokens_of(first)[0] == tokens_of(sampled)[0]
+    go([PROMPTS[0], PROMPTS[2]])  # 4 slots of one page.
+    before = compiled()
+    go([[1, 2, 3], [4]], seed=1, max_new_tokens=[14, 1], stop_ids=(1, 2, 3, 4))
+    go([[1, 2, 3]], num_samples=3, max_new_tokens=16)
+    go([[1, 2, 3]], num_samples=9, max_new_tokens=16, num_slots=4)
+    assert compiled() == before
 
 
-def test_sharded_parameters_give_the_same_samples(params, sampled):
-    mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2, RULES))
-    layout = sharding.Layout(mesh, RULES)
+def layout_of(data, fsdp, tensor):
+    config = sharding.MeshConfig(data, fsdp, tensor, RULES)
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.Layout(sharding.make_mesh(config, devices), RULES)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["parameters only", "layout"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_eight_devices_give_the_same_samples(params, sampled, temperature, told):
+    layout = layout_of(2, 2, 2)
     spread = sharding.put(params, qwen3.params_shardings(CONFIG, layout))
     assert len({str(s.index) for s in spread["lm_head"].addressable_shards}) == 4
-    got = sampler.generate(spread, CONFIG, PROMPTS, **SAMPLED)
-    assert tokens_of(got) == tokens_of(sampled)
-    for group, want in zip(got, sampled, strict=True):
-        for a, b in zip(group, want, strict=True):
+    arguments = SAMPLED | {"temperature": temperature}
+    got = sampler.generate(
+        spread, CONFIG, PROMPTS, **arguments, layout=layout if told else None
+    )
+    want = (
+        sampled
+        if temperature
+        else sampler.generate(params, CONFIG, PROMPTS, **arguments)
+    )
+    assert tokens_of(got) == tokens_of(want)
+    for group, other in zip(got, want, strict=True):
+        for a, b in zip(group, other, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
 
 
-# --- choose ---------------------------------------------------------------------------
-
-
-def exact(logits, sampling):
-    """The distribution `choose` draws from, in float64, by sorting."""
-    x = np.asarray(logits, np.float64) / sampling.temperature
-    p = np.exp(x - x.max())
-    if 0 < sampling.top_k < len(p):
-        p[p < np.sort(p)[-sampling.top_k]] = 0
-    if sampling.top_p < 1:
-        down = np.sort(p)[::-1]
-        enough = np.argmax(np.cumsum(down) >= sampling.top_p * p.sum())
-        p[p < down[enough]] = 0
-    return p / p.sum()
-
-
-def rows_of_logits(size):
-    """Rows [R, size] of float32 logits whose cumulative sums meet no top_p of the tests."""
-    rng = np.random.default_rng(size)
-    normal = rng.normal(size=size)
-    certain = np.full(size, -np.inf)
-    certain[size - 1] = 3
-    return np.float32(
-        [
-            2 * normal,
-            1000 + 8 * normal,  # Peaked, and far from 0.
-            0.01 * normal,  # Flat.
-            np.round(2 * normal),  # Ties.
-            np.where(normal > 0.3, -np.inf, normal),
-            certain,
-        ]
+def test_on_a_mesh_cache_and_slots_are_split(params):
+    layout = sharding.sampling_layout(layout_of(2, 2, 2))
+    shape = scheduler.Shape(4, 2, 5, 8, 4, 2, 8, 3)
+    pool, slots, _ = sampler.init_state(
+        config=CONFIG,
+        sampling=Sampling(),
+        shape=shape,
+        kernel="xla",
+        layout=layout,
+        dtype=jnp.dtype("float32"),
     )
-
-
-SAMPLINGS = (
-    Sampling(),
-    Sampling(temperature=0.6),
-    Sampling(top_k=5),
-    Sampling(top_p=0.77),
-    Sampling(temperature=1.3, top_k=40, top_p=0.9),
-    Sampling(top_k=1),
-    Sampling(top_p=1e-6),
-    Sampling(temperature=1e-30),
-)
-
-
-# A vocabulary of less than a block of the sum, and one of more than two blocks.
-@pytest.mark.parametrize(
-    "size, draws, samplings", [(7, 20_000, SAMPLINGS), (300, 200_000, SAMPLINGS[1:5])]
-)
-def test_choose_draws_from_the_exact_distribution(size, draws, samplings):
-    rows = rows_of_logits(size)
-
-    @jax.jit
-    def draw(keys):
-        def one(key):
-            keys = jax.random.split(key, len(rows))
-            return [sampler.choose(jnp.asarray(rows), keys, s) for s in samplings]
-
-        return jax.lax.map(one, keys, batch_size=1000)
-
-    drawn = draw(jax.random.split(jax.random.key(size), draws))
-    for sampling, found in zip(samplings, map(np.asarray, drawn), strict=True):
-        assert found.min() >= 0
-        assert found.max() < size
-        for row, column in zip(rows, found.T, strict=True):
-            probs = exact(row, sampling)
-            count = np.bincount(column, minlength=size)
-            assert not count[probs == 0].any()
-            assert deviation(count, draws * probs) < 4.5
-
-
-def deviation(count, want):
-    """Pearson's chi-square in standard deviations, after Wilson and Hilferty."""
-    often = want >= 5  # The rare ones are one cell together.
-    want = np.append(want[often], want[~often].sum())
-    count = np.append(count[often], count[~often].sum())
-    chi2 = np.sum((count - want) ** 2 / np.maximum(want, 1e-9))
-    freedom = np.sum(want > 0) - 1
-    if freedom == 0:
-        assert chi2 == 0
-        return 0.0
-    spread = 2 / (9 * freedom)
-    return ((chi2 / freedom) ** (1 / 3) - (1 - spread)) / np.sqrt(spread)
-
-
-def test_choose_at_temperature_0_takes_the_first_of_the_most_probable():
-    logits = jnp.float32([[1, 3, 3], [-jnp.inf, -5, -9], [0, 0, 0]])
-    keys = jax.random.split(jax.random.key(0), 3)
-    got = sampler.choose(logits, keys, Sampling(temperature=0))
-    assert got.dtype == jnp.int32
-    assert got.tolist() == [1, 1, 0]
-
-
-@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
-def test_no_uniform_number_draws_a_token_of_probability_0(uniform):
-    probs = np.zeros((3, 700), np.float32)
-    probs[0, [130, 260, 699]] = 1e-30, 1, 1e-30
-    probs[1, 3:5] = 1, 1e-8  # The sum rounds the second away.
-    probs[2, 128:640] = 1 / 3
-    got = np.asarray(sampler._invert_cdf(jnp.asarray(probs), jnp.full(3, uniform)))
-    assert (probs[np.arange(3), got] > 0).all()
-    if uniform == 0.5:
-        assert got.tolist() == [260, 3, 384]
-
-
-@jax.jit
-def keep_largest(x_BV, need_B, by_mass):
-    def enough(keep_BV):
-        mass_B = jnp.sum(x_BV, axis=-1, where=keep_BV)
-        return jnp.where(by_mass, mass_B, keep_BV.sum(axis=-1)) >= need_B
-
-    return sampler._keep_largest(x_BV, enough)
-
-
-@hypothesis.settings(max_examples=200)
-@hypothesis.given(
-    # Sums of multiples of 2^-12 are exact in any order.
-    row=st.lists(
-        st.integers(0, 3) | st.integers(0, 4096), min_size=37, max_size=37
-    ).filter(any),
-    scale=st.sampled_from([2.0**-12, 2.0**-80, 2.0**20]),
-    need=st.floats(0, 1, exclude_min=True),
-    by_mass=st.booleans(),
-)
-def test_keep_largest_is_exact(row, scale, need, by_mass):
-    # Between 2^23 and 2^24, neighbours among integers are neighbours among floats.
-    row = np.array(row) + (0 if by_mass else 2**23)
-    down = np.sort(row)[::-1]
-    total = np.cumsum(down) if by_mass else np.arange(1, 38)
-    need = max(int(need * total[-1]), 1)
-    smallest = down[np.argmax(total >= need)]
-    want = np.where(row >= smallest, row, 0) * scale
-    need = need * scale if by_mass else need
-    got = keep_largest(np.float32([row * scale]), np.float32([need]), by_mass)
-    np.testing.assert_array_equal(got[0], np.float32(want))
+    for part in (*pool.k, *pool.v):
+        assert part.addressable_shards[0].data.shape[:3] == (1, 5, 1)  # Of 4, 5, 2.
+    assert slots.length_RB.addressable_shards[0].data.shape == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +429,15 @@ def test_keep_largest_is_exact(row, scale, need, by_mass):
         ({"max_new_tokens": [3]}, "1 limits for 2 prompts"),
         ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
         ({"num_slots": 0}, "num_slots must be at least 1, not 0"),
+        ({"page_tokens": 0}, "page_tokens must be at least 1, not 0"),
+        ({"decode_steps": -1}, "decode_steps must be at least 1, not -1"),
+        ({"pool_tokens": 3}, r"pool_tokens \(3\) must hold at least one page"),
+        (
+            {"pool_tokens": 64, "page_tokens": 16, "max_new_tokens": [4, 60]},
+            "prompt 1 of 2 tokens with a response of 60 needs 5 pages of 16 tokens, and "
+            r"the cache has 4 on each of 1 replica\(s\): raise pool_tokens to 80",
+        ),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"stop_ids": [3, 200]}, "stop id 200 is not in the vocabulary"),
         ({"temperature": -0.1}, "temperature must be 0 .greedy. or more, not -0.1"),
         ({"temperature": float("nan")}, "temperature .* not nan"),

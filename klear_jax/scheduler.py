@@ -1,0 +1,478 @@
+"""Which sample decodes in which slot, on which pages of the cache: the sampler's host side.
+
+    queue -> prefilling -> ready -> slot -> finished
+               (prompts)            (samples)
+
+A prompt is computed once; its samples share its full pages, and each gets its own copy of
+the last, partial one. Pages are given out as tokens need them. When there are none left the
+youngest go back: prompts that wait for a slot first, then samples, which start again from
+their prompt and, their randomness being a function of who they are, draw the same tokens.
+
+Nothing here depends on time, on threads or on the device, so every process of a run takes
+the same decisions. It runs ahead of the device: what is not known yet is only whether a
+sample has met a stop token, and a slot that has does nothing until the host hears of it.
+
+Shape letters: R replicas, B slots, X blocks of a prefill, Q tokens of a block, M pages of a
+slot, S decoding steps.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes that the sampler's programs are compiled for."""
+
+    replicas: int  # Shards of the slots; they share no page.
+    slots: int  # Of a replica: samples decoded at once.
+    pages: int  # Of a replica.
+    page_tokens: int
+    slot_pages: int  # The most that one sample may use.
+    prefill_blocks: int  # Of a replica, in one prefill.
+    block_tokens: int  # Divides page_tokens. A block holds tokens of one prompt.
+    decode_steps: int  # Of one call, at most.
+
+    @property
+    def waiting(self) -> int:
+        """Prompts of a replica that may be computed and wait for slots."""
+        return self.slots + self.prefill_blocks
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One sample to draw."""
+
+    name: Any  # Whatever identifies it to the caller.
+    key: np.ndarray  # [4] uint32: key, prompt and sample of its random numbers.
+    limit: int  # Tokens to draw, at least 1.
+    drawn: int = 0  # Tokens of the response that already stand at the prompt's end.
+    order: int = 0  # Its age, set by the scheduler: the oldest is 0.
+
+
+@dataclasses.dataclass(eq=False)
+class Prompt:
+    """Tokens, and the samples of them that have no slot yet."""
+
+    tokens: np.ndarray
+    requests: collections.deque[Request]
+    row: int = -1  # Of the replica's waiting states.
+    pages: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0  # Tokens whose keys and values stand in the pages.
+    gone: bool = False  # All its samples have had a slot.
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A sample that is being decoded."""
+
+    request: Request
+    prompt: Prompt
+    pages: list[int]
+    length: int  # Tokens in the cache when all that was dispatched has run.
+    to_draw: int  # Tokens left to dispatch,
+    to_read: int  # and to hear of.
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    closed: bool = False  # Stopped or preempted: what is still under way is ignored.
+
+    @property
+    def final_length(self) -> int:
+        return self.length + self.to_draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A sample as far as it came."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: np.ndarray  # [n] float32.
+    stopped: bool  # A stop token came.
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Arguments of one prefill: [R, X, ...] int32."""
+
+    tokens: (
+        np.ndarray
+    )  # [R, X, Q]; a block's last token again where a prompt has ended.
+    table: np.ndarray  # [R, X, M]
+    start: np.ndarray  # Position of a block's first token.
+    active: np.ndarray  # bool.
+    row: np.ndarray  # The waiting state of the block's prompt.
+    last: np.ndarray  # Place in the block of the prompt's last token; -1: it goes on.
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Arguments of one call of decoding, [R, B, ...] int32, and who stands where."""
+
+    table: np.ndarray  # [R, B, M]
+    limit: np.ndarray  # Tokens of the whole response; 0: an empty slot.
+    key: np.ndarray  # [R, B, 4] uint32.
+    source: np.ndarray  # The waiting state that a new sample begins with; -1: goes on.
+    start: np.ndarray  # Of a new sample: tokens in its cache,
+    drawn: np.ndarray  # and tokens of the response among them.
+    steps: int
+    pairs: int  # (slot, page) pairs in use at the end, of the fullest replica.
+    copies: list[
+        list[tuple[int, int]]
+    ]  # A list a replica: (page, its copy), done first.
+    cells: list[tuple[int, int, Slot, int]]  # Replica, slot, sample, its steps.
+
+
+class _Replica:
+    """The pages and slots of one replica, and the prompts that are in it."""
+
+    def __init__(self, shape: Shape):
+        self.free = list(range(shape.pages))[::-1]  # The lowest is given out first.
+        self.readers = np.zeros(shape.pages, np.int32)
+        self.rows = list(range(shape.waiting))[::-1]
+        self.slots: list[Slot | None] = [None] * shape.slots
+        self.prefilling: Prompt | None = None
+        self.ready: collections.deque[Prompt] = collections.deque()
+
+    def take(self, count: int) -> list[int]:
+        pages = [self.free.pop() for _ in range(count)]
+        self.readers[pages] = 1
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        self.readers[pages] += 1
+
+    def release(self, pages: list[int]) -> None:
+        self.readers[pages] -= 1
+        self.free += [page for page in pages[::-1] if not self.readers[page]]
+
+    @property
+    def active(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot is not None]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [*self.ready, *([self.prefilling] if self.prefilling else [])]
+
+    @property
+    def waiting_requests(self) -> int:
+        return sum(len(prompt.requests) for prompt in self.prompts)
+
+
+class Scheduler:
+    """Gives out slots and pages. The caller turns what `next_prefill` and `next_decode`
+    return into calls, in that order, and hands the results of decoding to `read`."""
+
+    def __init__(
+        self, shape: Shape, prompts: Sequence[Prompt], stop_ids: Sequence[int]
+    ):
+        """Every sample must fit into a replica's pages alone: see `check_fits`."""
+        self.shape = shape
+        self._stop_ids = np.asarray(stop_ids, np.int64)
+        self._queue = collections.deque(prompts)
+        self._replicas = [_Replica(shape) for _ in range(shape.replicas)]
+        self._unread: dict[Slot, None] = {}  # Dispatched, not heard of to the end.
+        requests = [request for prompt in prompts for request in prompt.requests]
+        for order, request in enumerate(requests):
+            request.order = order
+        self.stats = dict.fromkeys(
+            (
+                "prefill_tokens",  # Of prompts, as often as they were computed.
+                "prefill_calls",
+                "decode_calls",
+                "decode_steps",
+                "slot_steps",  # Steps times slots that drew a token.
+                "preempted_samples",  # Sent back to their prompts for want of pages,
+                "preempted_tokens",  # and their tokens, to be drawn again.
+                "preempted_prompts",  # Computed, and sent back to the queue.
+                "copied_pages",
+                "peak_pages",  # In use, of the fullest replica.
+            ),
+            0,
+        )
+
+    # --- prefill ----------------------------------------------------------------------
+
+    def next_prefill(self) -> Prefill | None:
+        """The next blocks of prompts to compute, if slots will want them."""
+        s = self.shape
+        R, X, Q = s.replicas, s.prefill_blocks, s.block_tokens
+        batch = Prefill(
+            tokens=np.zeros((R, X, Q), np.int32),
+            table=np.zeros((R, X, s.slot_pages), np.int32),
+            start=np.zeros((R, X), np.int32),
+            active=np.zeros((R, X), bool),
+            row=np.full((R, X), s.waiting, np.int32),
+            last=np.full((R, X), -1, np.int32),
+        )
+        used = [0] * R
+        while True:
+            # The emptiest first, a prompt a turn, so that replicas fill evenly.
+            order = sorted(range(R), key=lambda r: self._load(self._replicas[r]))
+            for r in order:
+                replica = self._replicas[r]
+                if used[r] < X and (
+                    replica.prefilling is not None or self._start_prompt(replica)
+                ):
+                    used[r] = self._add_blocks(batch, r, used[r])
+                    break
+            else:
+                break
+        if not any(used):
+            return None
+        self.stats["prefill_calls"] += 1
+        self._note_peak()
+        return batch
+
+    def _load(self, replica: _Replica) -> int:
+        return len(replica.active) + replica.waiting_requests
+
+    def _start_prompt(self, replica: _Replica) -> bool:
+        """Takes the next prompt of the queue, if its samples will soon have slots."""
+        ending = [s for s in replica.active if s.to_draw <= self.shape.decode_steps]
+        wanted = replica.slots.count(None) + len(ending)
+        if not self._queue or not replica.rows or replica.waiting_requests >= wanted:
+            return False
+        prompt = self._queue[0]
+        need = self.shape.pages_for(len(prompt.tokens))
+        # Each sample under way keeps a page to grow into.
+        if need + len(replica.active) > len(replica.free):
+            return False
+        self._queue.popleft()
+        prompt.pages, prompt.row = replica.take(need), replica.rows.pop()
+        prompt.computed = 0
+        replica.prefilling = prompt
+        return True
+
+    def _add_blocks(self, batch: Prefill, r: int, used: int) -> int:
+        """Puts blocks of the replica's prompt from `used` on; how many there are then."""
+        replica, Q = self._replicas[r], self.shape.block_tokens
+        prompt = replica.prefilling
+        total = len(prompt.tokens)
+        while used < self.shape.prefill_blocks and prompt.computed < total:
+            block = prompt.tokens[prompt.computed : prompt.computed + Q]
+            batch.tokens[r, used] = block[-1]
+            batch.tokens[r, used, : len(block)] = block
+            batch.table[r, used, : len(prompt.pages)] = prompt.pages
+            batch.start[r, used] = prompt.computed
+            batch.active[r, used] = True
+            batch.row[r, used] = prompt.row
+            prompt.computed += len(block)
+            if prompt.computed == total:
+                batch.last[r, used] = len(block) - 1
+                replica.ready.append(prompt)
+                replica.prefilling = None
+            self.stats["prefill_tokens"] += len(block)
+            used += 1
+        return used
+
+    # --- decoding ---------------------------------------------------------------------
+
+    def next_decode(self) -> Decode | None:
+        """The next steps of all slots, old samples grown and new ones begun."""
+        s = self.shape
+        R, B = s.replicas, s.slots
+        for replica in self._replicas:
+            self._grow(replica)
+        source = np.full((R, B), -1, np.int32)
+        copies = [
+            self._admit(replica, source[r]) for r, replica in enumerate(self._replicas)
+        ]
+        active = [slot for replica in self._replicas for slot in replica.active]
+        if not active:
+            return None
+        batch = Decode(
+            table=np.zeros((R, B, s.slot_pages), np.int32),
+            limit=np.zeros((R, B), np.int32),
+            key=np.zeros((R, B, 4), np.uint32),
+            source=source,
+            start=np.zeros((R, B), np.int32),
+            drawn=np.zeros((R, B), np.int32),
+            steps=min(s.decode_steps, max(slot.to_draw for slot in active)),
+            pairs=0,
+            copies=copies,
+            cells=[],
+        )
+        self.stats["copied_pages"] += sum(map(len, copies))
+        self._note_peak()
+        pairs = [self._dispatch(batch, r) for r in range(R)]
+        self.stats["decode_calls"] += 1
+        self.stats["decode_steps"] += batch.steps
+        return dataclasses.replace(batch, pairs=max(pairs))
+
+    def _grow(self, replica: _Replica) -> None:
+        """Pages for the next steps of every sample, the oldest first."""
+        for slot in sorted(replica.active, key=lambda slot: slot.request.order):
+            while not slot.closed:
+                need = self._next_pages(slot) - len(slot.pages)
+                if need <= len(replica.free):
+                    slot.pages += replica.take(max(need, 0))
+                    break
+                self._reclaim(replica)
+
+    def _next_pages(self, slot: Slot) -> int:
+        steps = self.shape.decode_steps
+        return self.shape.pages_for(min(slot.length + steps, slot.final_length))
+
+    def _reclaim(self, replica: _Replica, keep: Prompt | None = None) -> None:
+        """Sends back the youngest: a waiting prompt, or else a sample."""
+        prompts = [prompt for prompt in replica.prompts if prompt is not keep]
+        if prompts:
+            self._send_back(replica, prompts[-1])
+            return
+        b = max(
+            (b for b, slot in enumerate(replica.slots) if slot is not None),
+            key=lambda b: replica.slots[b].request.order,
+        )
+        slot = replica.slots[b]
+        self._close(replica, b)
+        del self._unread[slot]
+        self.stats["preempted_samples"] += 1
+        self.stats["preempted_tokens"] += slot.length - len(slot.prompt.tokens)
+        if slot.prompt.gone:
+            slot.prompt.gone = False
+            self._queue.appendleft(slot.prompt)
+        slot.prompt.requests.appendleft(slot.request)
+
+    def _send_back(self, replica: _Replica, prompt: Prompt) -> None:
+        if prompt is replica.prefilling:
+            replica.prefilling = None
+        else:
+            replica.ready.remove(prompt)
+        replica.release(prompt.pages)
+        replica.rows.append(prompt.row)
+        prompt.pages = []
+        self._queue.appendleft(prompt)
+        self.stats["preempted_prompts"] += 1
+
+    def _close(self, replica: _Replica, b: int) -> None:
+        """Empties a slot. Its pages may be given out at once: whoever writes to them does
+        so in a later call."""
+        slot = replica.slots[b]
+        replica.slots[b] = None
+        replica.release(slot.pages)
+        slot.pages, slot.closed = [], True
+
+    def _admit(self, replica: _Replica, source_B: np.ndarray) -> list[tuple[int, int]]:
+        """Gives free slots to samples of computed prompts; the pages to be copied."""
+        copies = []
+        while replica.ready and None in replica.slots:
+            prompt, P = replica.ready[0], self.shape.page_tokens
+            request, length = prompt.requests[0], len(prompt.tokens)
+            shared = length // P
+            # The last sample takes the partial page itself.
+            last = len(prompt.requests) == 1
+            slot = Slot(request, prompt, [], length, request.limit, request.limit)
+            need = self._next_pages(slot) - (len(prompt.pages) if last else shared)
+            active = replica.active
+            while not active and need > len(replica.free):
+                self._reclaim(replica, keep=prompt)
+            if need + len(active) > len(replica.free) and active:
+                break
+            fresh = replica.take(need)
+            if last:
+                slot.pages, prompt.pages = prompt.pages + fresh, []
+                replica.ready.popleft()
+                replica.rows.append(prompt.row)
+                prompt.gone = True
+            else:
+                slot.pages = prompt.pages[:shared] + fresh
+                replica.share(prompt.pages[:shared])
+                if length % P:
+                    copies.append((prompt.pages[shared], fresh[0]))
+            prompt.requests.popleft()
+            b = replica.slots.index(None)
+            replica.slots[b] = slot
+            source_B[b] = prompt.row
+            self._unread[slot] = None
+        return copies
+
+    def _dispatch(self, batch: Decode, r: int) -> int:
+        """Writes a replica's slots into the batch; its (slot, page) pairs."""
+        replica, pairs = self._replicas[r], 0
+        for b, slot in enumerate(replica.slots):
+            if slot is None:
+                continue
+            request = slot.request
+            batch.table[r, b, : len(slot.pages)] = slot.pages
+            batch.limit[r, b] = request.drawn + request.limit
+            batch.key[r, b] = request.key
+            batch.start[r, b] = len(slot.prompt.tokens)
+            batch.drawn[r, b] = request.drawn
+            steps = min(batch.steps, slot.to_draw)
+            slot.length += steps
+            slot.to_draw -= steps
+            pairs += self.shape.pages_for(slot.length)
+            batch.cells.append((r, b, slot, steps))
+            self.stats["slot_steps"] += steps
+            if not slot.to_draw:  # It ends in this call: the next may use its slot.
+                self._close(replica, b)
+                slot.closed = False  # What it draws is still to be read.
+        return pairs
+
+    # --- results ----------------------------------------------------------------------
+
+    def read(
+        self, batch: Decode, tokens_SRB: np.ndarray, logprobs_SRB: np.ndarray
+    ) -> list[Finished]:
+        """Takes in what a call drew; the samples that it finished, in order of slots."""
+        finished = []
+        stops_SRB = np.isin(tokens_SRB, self._stop_ids)
+        for r, b, slot, steps in batch.cells:
+            if slot.closed:
+                continue
+            stopped = stops_SRB[:steps, r, b].any()
+            if stopped:
+                steps = int(stops_SRB[:steps, r, b].argmax()) + 1
+            slot.tokens += tokens_SRB[:steps, r, b].tolist()
+            slot.logprobs.append(logprobs_SRB[:steps, r, b].copy())
+            slot.to_read -= steps
+            if not stopped and slot.to_read:
+                continue
+            replica = self._replicas[r]
+            if replica.slots[b] is slot:
+                self._close(replica, b)
+            slot.closed = True
+            del self._unread[slot]
+            finished.append(_result(slot, bool(stopped)))
+        return finished
+
+    def unfinished(self) -> list[Finished]:
+        """All samples that have not come to their end, in order of age."""
+        slots = [_result(slot, stopped=False) for slot in self._unread]
+        waiting = [
+            Finished(request, [], np.zeros(0, np.float32), False)
+            for prompt in self._waiting_prompts()
+            for request in prompt.requests
+        ]
+        return sorted(slots + waiting, key=lambda result: result.request.order)
+
+    def _waiting_prompts(self) -> Iterator[Prompt]:
+        yield from self._queue
+        for replica in self._replicas:
+            yield from replica.prompts
+
+    @property
+    def half_full(self) -> bool:
+        """Half of all slots have a sample, or one that may begin."""
+        found = sum(map(self._load, self._replicas))
+        return 2 * found >= self.shape.replicas * self.shape.slots
+
+    @property
+    def pages_in_use(self) -> list[int]:
+        return [self.shape.pages - len(replica.free) for replica in self._replicas]
+
+    def _note_peak(self) -> None:
+        self.stats["peak_pages"] = max(self.stats["peak_pages"], *self.pages_in_use)
+
+
+def _result(slot: Slot, stopped: bool) -> Finished:
+    logprobs = np.concatenate([np.zeros(0, np.float32), *slot.logprobs])
+    return Finished(slot.request, slot.tokens, logprobs, stopped)
