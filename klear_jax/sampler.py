@@ -18,9 +18,10 @@ V vocabulary, D width.
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -66,14 +67,17 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How the sampler works; what it draws does not depend on it (but for the last bits
-    of log-probs, which depend on num_slots and page_tokens)."""
+    """How the sampler works. What it draws does not depend on it, but for the last bits of
+    log-probs, which depend on num_slots, page_tokens and slot_tokens."""
 
     num_slots: int = 256  # Samples decoded at once, over all devices.
     page_tokens: int = 64  # Tokens of a page of the cache.
     pool_tokens: int | None = None  # Of the cache, all devices; None: what slots need.
     prefill_tokens: int = 256  # Of one prefill, on each replica.
     decode_steps: int = 8  # Between two words with the host.
+    # Room of a sample with its prompt, which fixes the programs: num_slots and this are
+    # then what is compiled, whatever is asked for. None: made to fit the requests.
+    slot_tokens: int | None = None
     share_prompts: bool = True  # A prompt is computed once for all its samples.
 
     def __post_init__(self):
@@ -201,14 +205,16 @@ def sample_groups(
         token, over all steps).
     """
     check_groups(groups, config, stop_ids)
-    dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
     shape = _shape(groups, engine, layout)
     check_fits(groups, shape)
+    dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
     start = time.perf_counter()
     layout = layout and sampling_layout(layout)
-    weights = jax.block_until_ready(
-        _sampling_copy(params, config=config, layout=layout, dtype=dtype)
+    model = {"config": config, "layout": layout, "dtype": dtype}
+    weights = jitted(jax.default_backend()).sampling_copy(
+        params, kernel=default_kernel(), **model
     )
+    jax.block_until_ready(weights)
     stats = {
         "reshard_bytes": sum(x.nbytes for x in jax.tree.leaves(weights)),
         "reshard_seconds": time.perf_counter() - start,
@@ -227,7 +233,7 @@ def sample_groups(
             on_finish(i, j, found[i][j])
 
     plan = scheduler.Scheduler(shape, _requests(groups, engine.share_prompts), stop_ids)
-    programs = Programs(weights, config, sampling, shape, stop_ids, layout, dtype)
+    programs = Programs(weights, shape, sampling, stop_ids, **model)
     for result in run(plan, programs, enough):
         finish(result, ended=True)
     for result in plan.unfinished():
@@ -235,7 +241,6 @@ def sample_groups(
     stats |= plan.stats
     steps = plan.stats["decode_steps"] * shape.replicas * shape.slots
     stats["occupancy"] = plan.stats["slot_steps"] / max(steps, 1)
-    programs.free()
     return [
         dataclasses.replace(group, samples=samples)
         for group, samples in zip(groups, found, strict=True)
@@ -306,16 +311,23 @@ def check_groups(
 
 
 def check_fits(groups: Sequence[Group], shape: scheduler.Shape) -> None:
-    """Raises an InputError for a prompt whose sample no replica's pages can hold alone."""
+    """Raises an InputError for a prompt whose sample no slot, or no pool, can hold."""
+    P = shape.page_tokens
     for i, group in enumerate(groups):
-        # A page more, for the copy of the prompt's last one.
-        need = shape.pages_for(len(group.prompt) + group.limit) + 1
-        if need > shape.pages:
+        what = (
+            f"prompt {i} of {len(group.prompt)} tokens with a response of {group.limit}"
+        )
+        need = shape.pages_for(len(group.prompt) + group.limit)
+        if need > shape.slot_pages:
             raise InputError(
-                f"prompt {i} of {len(group.prompt)} tokens with a response of "
-                f"{group.limit} needs {need} pages of {shape.page_tokens} tokens, and the "
-                f"cache has {shape.pages} on each of {shape.replicas} replica(s): raise "
-                f"pool_tokens to {need * shape.page_tokens * shape.replicas}"
+                f"{what} does not fit into slot_tokens={shape.slot_pages * P}"
+            )
+        # A page more, for the copy of the prompt's last one.
+        if need + 1 > shape.pages:
+            raise InputError(
+                f"{what} needs {need + 1} pages of {P} tokens, and the cache has "
+                f"{shape.pages} on each of {shape.replicas} replica(s): raise pool_tokens "
+                f"to {(need + 1) * P * shape.replicas}"
             )
 
 
@@ -359,11 +371,15 @@ def _shape(
             f"num_slots={engine.num_slots} must be a multiple of the {replicas} shards of "
             f"a batch (mesh axes {layout.rules['batch']})"
         )
-    requests = sum(not g.ended(s) for g in groups for s in g.samples)
-    slots = min(engine.num_slots // replicas, _bucket(-(-requests // replicas)))
     P, Q = engine.page_tokens, engine.block_tokens
-    longest = max((len(g.prompt) + g.limit for g in groups), default=1)
-    slot_pages = _bucket(-(-longest // P), parts=16)
+    slots = engine.num_slots // replicas
+    if engine.slot_tokens is not None:
+        slot_pages = -(-engine.slot_tokens // P)
+    else:
+        requests = sum(not g.ended(s) for g in groups for s in g.samples)
+        slots = min(slots, _bucket(-(-requests // replicas)))
+        longest = max((len(g.prompt) + g.limit for g in groups), default=1)
+        slot_pages = _bucket(-(-longest // P), parts=16)
     pages = slots * slot_pages + 1
     if engine.pool_tokens is not None:
         pages = engine.pool_tokens // (P * replicas)
@@ -407,13 +423,13 @@ class Slots:
 
 
 def pair_sizes(shape: scheduler.Shape) -> list[int]:
-    """Sizes of XLA's list of (slot, page) pairs: a program each, from 64 up by 3/2, 4/3."""
-    most, sizes = shape.slots * shape.slot_pages, []
-    size = 64
-    while size < most:
-        sizes += [size, size * 3 // 2]
-        size *= 2
-    return [size for size in sizes if size < most] + [most]
+    """Sizes of XLA's list of (slot, page) pairs: a program each, from 64 up by 3/2, 4/3.
+
+    Multiples of 32, for which results do not depend on the size: no vector is cut short.
+    """
+    most = -(-shape.slots * shape.slot_pages // 32) * 32
+    steps = (size for n in range(6, 40) for size in (1 << n, 3 << (n - 1)))
+    return [*itertools.takewhile(lambda size: size < most, steps), most]
 
 
 class Programs:
@@ -422,14 +438,16 @@ class Programs:
     def __init__(
         self,
         weights: qwen3.Params,
-        config: qwen3.Config,
-        sampling: Sampling,
         shape: scheduler.Shape,
+        sampling: Sampling,
         stop_ids: Sequence[int],
+        *,
+        config: qwen3.Config,
         layout: Layout | None,
         dtype: jnp.dtype,
     ):
         """Makes the cache and empty slots."""
+        self._jitted = jitted(jax.default_backend())
         self._weights, self._shape = weights, shape
         kernel = "xla" if isinstance(weights["layers"], tuple) else "tpu"
         self._static = {"config": config, "layout": layout, "dtype": dtype}
@@ -438,12 +456,12 @@ class Programs:
         # Padded, so that their number changes no program.
         self._stop_ids = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
         self._stop_ids[: len(stop_ids)] = stop_ids
-        self._pool, self._slots, self._waiting = init_state(
+        self._pool, self._slots, self._waiting = self._jitted.init_state(
             shape=shape, kernel=kernel, sampling=sampling, **self._static
         )
 
     def prefill(self, batch: scheduler.Prefill) -> None:
-        self._pool, self._waiting = prefill(
+        self._pool, self._waiting = self._jitted.prefill(
             self._weights, self._pool, self._waiting, vars(batch), **self._static
         )
 
@@ -451,11 +469,11 @@ class Programs:
         """Copies pages, decodes; tokens and log-probs, [S, R, B] each, soon on the host."""
         if any(batch.copies):
             source_RB, target_RB = self._copies(batch.copies)
-            self._pool = copy_pages(
+            self._pool = self._jitted.copy_pages(
                 self._pool, source_RB, target_RB, layout=self._static["layout"]
             )
         names = ("table", "limit", "key", "source", "start", "drawn")
-        self._pool, self._slots, tokens_SRB, logprobs_SRB = decode(
+        self._pool, self._slots, tokens_SRB, logprobs_SRB = self._jitted.decode(
             self._weights,
             self._pool,
             self._slots,
@@ -482,27 +500,62 @@ class Programs:
                 source_RB[r, b], target_RB[r, b] = source, target
         return source_RB, target_RB
 
-    def free(self) -> None:
-        """Gives the memory of weights and cache back before the update needs it."""
-        for x in jax.tree.leaves((self._weights, self._pool)):
-            x.delete()
+
+class Jitted(NamedTuple):
+    """The device programs, compiled for a platform; their shapes are in `pair_sizes` and
+    in `scheduler.Shape`."""
+
+    sampling_copy: Callable[..., qwen3.Params]
+    init_state: Callable[..., Any]
+    prefill: Callable[..., Any]
+    copy_pages: Callable[..., kv_cache.Pool]
+    decode: Callable[..., Any]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "dtype"))
-def _sampling_copy(params, *, config, layout, dtype):
+@functools.cache
+def jitted(platform: str) -> Jitted:
+    """jit, applied once, with the cache and the slots donated.
+
+    On CPU, XLA may hand single dots to its library of kernels, but nothing around them:
+    with more it splits the work by the size of the batch, and the bits of a sample depend
+    on how many pages its mates have. It is no slower.
+    """
+    options = None
+    if platform == "cpu":
+        name = "xla_cpu_experimental_ynn_fusion_type"
+        options = {name: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    jit = functools.partial(jax.jit, compiler_options=options)
+    model = ("config", "layout", "dtype")
+    return Jitted(
+        jit(sampling_copy, static_argnames=(*model, "kernel")),
+        jit(init_state, static_argnames=(*model, "sampling", "shape", "kernel")),
+        jit(prefill, static_argnames=model, donate_argnames=("pool", "waiting")),
+        jit(kv_cache.copy_pages, static_argnames="layout", donate_argnames="pool"),
+        jit(
+            decode,
+            static_argnames=(*model, "sampling", "max_steps", "num_pairs"),
+            donate_argnames=("pool", "slots"),
+        ),
+    )
+
+
+def sampling_copy(
+    params: qwen3.Params,
+    *,
+    config: qwen3.Config,
+    layout: Layout | None,
+    dtype: jnp.dtype,
+    kernel: str,
+) -> qwen3.Params:
     """The weights in the dtype and layout of sampling: cast and moved in one program."""
 
     def one(param, x):
         return constrain(x.astype(dtype), layout, *param.axes)
 
     copy = jax.tree.map(one, qwen3.param_table(config), params)
-    return qwen3.unstack_layers(copy) if default_kernel() == "xla" else copy
+    return qwen3.unstack_layers(copy) if kernel == "xla" else copy
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "sampling", "shape", "kernel", "layout", "dtype"),
-)
 def init_state(
     *,
     config: qwen3.Config,
@@ -544,11 +597,6 @@ def _batch(tree, layout):
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "layout", "dtype"),
-    donate_argnames=("pool", "waiting"),
-)
 def prefill(
     params: qwen3.Params,
     pool: kv_cache.Pool,
@@ -603,16 +651,6 @@ def _attend(rows, layout, layer, pool, q, k, v):
     return kv_cache.append_and_attend(layer, pool, rows, q, k, v, layout=layout)
 
 
-copy_pages = jax.jit(
-    kv_cache.copy_pages, static_argnames="layout", donate_argnames="pool"
-)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "sampling", "max_steps", "num_pairs", "layout", "dtype"),
-    donate_argnames=("pool", "slots"),
-)
 def decode(
     params: qwen3.Params,
     pool: kv_cache.Pool,
