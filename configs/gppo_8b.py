@@ -55,12 +55,15 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0  # [R]
     c.rollout.top_p = 1.0  # [R] 1: all tokens.
     c.rollout.top_k = 0  # [R] 0: all tokens.
-    c.rollout.num_slots = 256  # [ours] Sequences decoded at once: memory and speed.
+    # Share of the groups that ends a phase; the others go on in the next step, with the
+    # old log-probs of the step that drew each token. 1: wait for the slowest.
+    c.rollout.finish_fraction = 1.0  # [R]
     c.rollout.stop_strings = ()  # [ours] Text that ends a response, beside the stop ids.
     # Drop groups of equal 'reward' or of equal 'accuracy' [R]; 'none' drops none.
     c.rollout.filter = "reward"  # [P] 5.2.5.
     c.rollout.normalize_std = True  # [P] Eq. 4, unbiased and + 1e-6 as in [R].
 
+    c.sampler = sft.sampler
     c.rewards = sections.math_rewards(num_workers=32)  # [ours] Processes.
     c.loss = sections.gppo_loss()
     c.minibatch_prompts = 16  # [P] [R] Groups of one update: at most 8 updates a step.

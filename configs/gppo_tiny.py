@@ -39,11 +39,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0
     c.rollout.top_p = 1.0  # 1: all tokens.
     c.rollout.top_k = 0  # 0: all tokens.
-    c.rollout.num_slots = 512  # Sequences decoded at once.
+    # Share of the groups that ends a phase; the others go on in the next. 1: wait for all.
+    c.rollout.finish_fraction = 1.0
     c.rollout.stop_strings = ()  # Text that ends a response, beside the stop ids.
     c.rollout.filter = "reward"  # Drop groups of equal 'reward', 'accuracy'; or 'none'.
     c.rollout.normalize_std = True  # Advantages over the group's standard deviation.
 
+    c.sampler = sft.sampler
     c.rewards = sft.rewards
     c.loss = sections.gppo_loss()
     c.minibatch_prompts = 8  # Groups of one optimizer update.

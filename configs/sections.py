@@ -47,6 +47,31 @@ def mesh(data: int, fsdp: int, tensor: int) -> ml_collections.ConfigDict:
     return c
 
 
+def sampler(
+    num_slots: int, page_tokens: int, pool_tokens: int | None, prefill_tokens: int
+) -> ml_collections.ConfigDict:
+    """The section `sampler`: memory and speed; what is drawn does not depend on it.
+
+    Args:
+        num_slots: samples decoded at once, over all devices: a multiple of data x fsdp.
+        page_tokens: tokens of a page of the cache of keys and values.
+        pool_tokens: of the whole cache, over all devices; a token is 2 x layers x KV heads
+            x head_dim numbers. None: num_slots of the longest rows. With less, the
+            youngest samples wait when it is full, and start again; metrics count them.
+        prefill_tokens: of prompts, computed between two calls of decoding, on each of
+            data x fsdp replicas.
+    """
+    c = ml_collections.ConfigDict()
+    c.num_slots = num_slots
+    c.page_tokens = page_tokens
+    c.pool_tokens = ml_collections.FieldReference(pool_tokens, field_type=int)
+    c.prefill_tokens = prefill_tokens
+    # Steps between two words with the host: a sample that meets a stop token keeps its
+    # slot for 1 to 2 times as many.
+    c.decode_steps = 8
+    return c
+
+
 def math_rewards(num_workers: int) -> ml_collections.ConfigDict:
     """The section `rewards`, for math with the authors' values.
 

@@ -68,6 +68,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.weight_decay = 0.01  # [V] Times the learning rate, on all parameters.
     c.optim.clip_norm = 1.0  # [V] Global norm of the gradient.
 
+    # [ours] Of the evaluation, and of gppo_8b: 32 slots on each of 16 replicas of 4 chips,
+    # and a cache of 2^23 tokens: 18.0 GiB on each chip in bfloat16.
+    c.sampler = sections.sampler(
+        num_slots=512, page_tokens=128, pool_tokens=1 << 23, prefill_tokens=1_024
+    )
     c.rewards = sections.math_rewards(num_workers=32)  # [ours] Of the evaluation.
 
     c.evaluation = ml_collections.ConfigDict()
@@ -78,10 +83,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.temperature = 0.6  # [P]
     c.evaluation.top_p = 0.95  # [P]
     c.evaluation.top_k = 0  # [P] None, 0: all tokens; the authors' script has 20.
+    # [P] None, 1; the authors' script has 1.05.
+    c.evaluation.repetition_penalty = 1.0
     c.evaluation.greedy = False  # [P] One greedy answer a problem, too.
     c.evaluation.max_prompt_tokens = 4_096  # [ours] As in RL; a longer one is an error.
     c.evaluation.max_new_tokens = 32_768  # [P] Table 1 without 64K.
-    c.evaluation.num_slots = 256  # [ours] Sequences decoded at once: memory and speed.
     c.evaluation.stop_strings = ()  # [ours] Text that ends a response, beside the stop ids.
     c.evaluation.seed = 1_000  # [ours] Of the samples; training uses others.
     c.evaluation.every = 0  # [ours] Steps between evaluations during training; 0: none.

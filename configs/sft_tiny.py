@@ -67,6 +67,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.weight_decay = 0.0  # Times the learning rate, on all parameters.
     c.optim.clip_norm = 1.0  # Global norm of the gradient.
 
+    c.sampler = sections.sampler(
+        num_slots=128, page_tokens=16, pool_tokens=None, prefill_tokens=512
+    )
     c.rewards = sections.math_rewards(num_workers=2)
 
     c.evaluation = ml_collections.ConfigDict()  # avg@8 at temperature 1, and greedy.
@@ -77,10 +80,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.temperature = 1.0
     c.evaluation.top_p = 1.0  # 1: all tokens.
     c.evaluation.top_k = 0  # 0: all tokens.
+    c.evaluation.repetition_penalty = 1.0  # 1: off.
     c.evaluation.greedy = True  # One greedy answer a problem, too.
     c.evaluation.max_prompt_tokens = 24  # A longer prompt is an error.
     c.evaluation.max_new_tokens = 48
-    c.evaluation.num_slots = 512  # Sequences decoded at once.
     c.evaluation.stop_strings = ()  # Text that ends a response, beside the stop ids.
     c.evaluation.seed = 1_000  # Of the samples; training uses others.
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.

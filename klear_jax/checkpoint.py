@@ -1,12 +1,14 @@
 """Checkpoints of a run, and models from wherever they lie. The only file that knows orbax.
 
-One checkpoint holds parameters, optimizer and step, and the position in the data; all
-randomness is a function of the seed and the step. It is named by the steps of the loop
+One checkpoint holds parameters, optimizer and step, the position in the data, and the
+samples that the next step goes on with; all randomness is a function of the seed and the
+step. It is named by the steps of the loop
 that are done.
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -81,17 +83,33 @@ class Checkpoints:
         return steps_done % self._every == 0
 
     def save(
-        self, steps_done: int, state: steps.TrainState, data: grain.DatasetIterator
+        self,
+        steps_done: int,
+        state: steps.TrainState,
+        data: grain.DatasetIterator,
+        pending: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Returns once the state is copied; writing goes on behind."""
+        """Returns once the state is copied; writing goes on behind.
+
+        Args:
+            pending: samples under way, as JSON.
+        """
         self._manager.save(
             steps_done,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
                 data=grain.checkpoint.CheckpointSave(data),
+                pending=ocp.args.JsonSave({"groups": list(pending)}),
             ),
         )
+
+    def pending(self) -> list[dict[str, Any]]:
+        """The samples under way of the newest checkpoint; none without one."""
+        if not self.steps_done:
+            return []
+        args = ocp.args.Composite(pending=ocp.args.JsonRestore())
+        return self._manager.restore(self.steps_done, args=args).pending["groups"]
 
     def restore(
         self, abstract: steps.TrainState, data: grain.DatasetIterator

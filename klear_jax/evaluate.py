@@ -24,6 +24,7 @@ from klear_jax.data.batches import all_prompts
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.rewards.pool import Pool
+from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh, put
 
 BOOTSTRAP = 10_000  # Resamples of the problems for an interval.
@@ -40,10 +41,10 @@ class EvaluationConfig:
     temperature: float
     top_p: float
     top_k: int
+    repetition_penalty: float
     greedy: bool  # Also one greedy answer a problem.
     max_prompt_tokens: int
     max_new_tokens: int
-    num_slots: int
     stop_strings: tuple[str, ...]
     seed: int
     every: int  # Steps of training between evaluations; 0: never.
@@ -54,7 +55,7 @@ class EvaluationConfig:
                 raise InputError(
                     f"evaluation.{name} must not be negative: {getattr(self, name)}"
                 )
-        for name in ("max_prompt_tokens", "max_new_tokens", "num_slots"):
+        for name in ("max_prompt_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(
                     f"evaluation.{name} must be at least 1, not {getattr(self, name)}"
@@ -65,7 +66,12 @@ class EvaluationConfig:
             raise InputError(
                 "evaluation asks for nothing: num_samples is 0 and greedy is False"
             )
-        sampler.Sampling(self.temperature, self.top_p, self.top_k)
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.temperature, self.top_p, self.top_k, self.repetition_penalty
+        )
 
     def due(self, steps_done: int) -> bool:
         return self.every > 0 and steps_done % self.every == 0
@@ -92,7 +98,9 @@ def evaluate(
     rewards: rollout.RewardConfig,
     config: EvaluationConfig,
     *,
+    engine: sampler.Engine,
     dtype: jnp.dtype,
+    layout: Layout | None = None,
 ) -> tuple[dict[str, float], list[rollout.Rollout]]:
     """Samples, scores and sums up.
 
@@ -103,21 +111,26 @@ def evaluate(
         `greedy` with its interval. A sample is right if its reward is full credit.
     """
 
-    def correct(num_samples, **sampling):
-        collected = rollout.collect(
+    def correct(num_samples, sampling):
+        collected, _, _ = rollout.collect(
             params,
             model,
-            problems,
+            rollout.open_groups(
+                problems,
+                num_samples=num_samples,
+                max_new_tokens=config.max_new_tokens,
+                key=jax.random.key(config.seed),
+            ),
             tokenizer,
             pool,
             rewards,
-            num_samples=num_samples,
-            key=jax.random.key(config.seed),
-            max_new_tokens=config.max_new_tokens,
-            num_slots=config.num_slots,
+            sampling=sampling,
+            engine=dataclasses.replace(
+                engine, slot_tokens=config.max_prompt_tokens + config.max_new_tokens
+            ),
             stop_strings=config.stop_strings,
             dtype=dtype,
-            **sampling,
+            layout=layout,
         )
         rollouts.append(collected)
         right = collected.reward_B == rewards.full_credit
@@ -126,16 +139,15 @@ def evaluate(
     metrics: dict[str, float] = {"problems": len(problems["tokens"])}
     rollouts: list[rollout.Rollout] = []
     if n := config.num_samples:
-        correct_PN = correct(
-            n, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k
-        )
+        correct_PN = correct(n, config.sampling())
         metrics |= interval(f"avg@{n}", correct_PN.mean(axis=1))
         ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
         metrics |= {f"pass@{k}": float(pass_at_k(correct_PN, k).mean()) for k in ks}
         metrics["length"] = float(np.mean([len(s.tokens) for s in rollouts[0].samples]))
         metrics["finished"] = float(np.mean([s.finished for s in rollouts[0].samples]))
     if config.greedy:
-        metrics |= interval("greedy", correct(1, temperature=0.0)[:, 0])
+        greedy = dataclasses.replace(config.sampling(), temperature=0.0)
+        metrics |= interval("greedy", correct(1, greedy)[:, 0])
     metrics["accuracy"] = metrics[f"avg@{n}" if n else "greedy"]
     failed = [sum(o.status == "error" for o in r.outcomes) for r in rollouts]
     metrics["scoring_errors"] = sum(failed)
@@ -148,6 +160,7 @@ def during_training(
     tokenizer: tokens.Tokenizer,
     pool: Pool,
     config: Any,
+    layout: Layout,
 ) -> dict[str, float]:
     """`evaluate` as the section `evaluation` of an SFT or GPPO config says; names eval/..."""
     metrics, _ = evaluate(
@@ -158,7 +171,9 @@ def during_training(
         pool,
         config.rewards,
         config.evaluation,
+        engine=config.sampler,
         dtype=jnp.dtype(config.dtype),
+        layout=layout,
     )
     return {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -196,6 +211,7 @@ class CommandConfig:
     model: qwen3.Config
     dtype: str
     mesh: MeshConfig
+    sampler: sampler.Engine
     rewards: rollout.RewardConfig
     evaluation: EvaluationConfig
 
@@ -234,7 +250,9 @@ def main(argv: list[str]) -> None:
             pool,
             c.rewards,
             c.evaluation,
+            engine=c.sampler,
             dtype=jnp.dtype(c.dtype),
+            layout=layout,
         )
     print(json.dumps(metrics, indent=2))
     if output:

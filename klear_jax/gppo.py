@@ -20,6 +20,7 @@ from klear_jax import (
     optim,
     qwen3,
     rollout,
+    sampler,
     steps,
     tokens,
 )
@@ -93,6 +94,7 @@ class GppoConfig:
     mesh: MeshConfig
     data: DataConfig
     rollout: rollout.RolloutConfig
+    sampler: sampler.Engine
     rewards: rollout.RewardConfig
     loss: LossConfig
     minibatch_prompts: int
@@ -176,29 +178,47 @@ def run(config: GppoConfig) -> None:
             layout=layout,
         )
         update = steps.compile_train_step(train_step(config, layout), layout, shardings)
-        score = jax.jit(score_step(config, layout))
+        score_rows = functools.partial(
+            old_logprobs, jax.jit(score_step(config, layout)), config, layout
+        )
+        going_on = rollout.from_json(checkpoints.pending())
         bar = tqdm.trange(
             first, config.num_steps, desc="GPPO", initial=first, total=config.num_steps
         )
         watch = Stopwatch()
         for step in bar:
             with watch.phase("sample"):
-                samples = rollout.collect(
+                new = rollout.open_groups(
+                    next(prompts),
+                    num_samples=config.rollout.samples_per_prompt,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    key=jax.random.fold_in(key, step),
+                )
+                samples, going_on, counts = rollout.collect(
                     state.params,
                     config.model,
-                    next(prompts),
+                    going_on + new,
                     tokenizer,
                     pool,
                     config.rewards,
-                    key=jax.random.fold_in(key, step),
+                    sampling=config.rollout.sampling(),
+                    engine=dataclasses.replace(
+                        config.sampler, slot_tokens=config.rollout.row_tokens
+                    ),
+                    stop_strings=config.rollout.stop_strings,
+                    step=step,
+                    finish_fraction=config.rollout.finish_fraction,
                     dtype=jnp.dtype(config.dtype),
-                    **config.rollout.sampling(),
+                    layout=layout,
                 )
                 chosen = rollout.select(samples, config.rollout, full_credit)
                 rows = rollout.make_rows(samples, chosen, config.rollout)
             with watch.phase("score"):
-                rows["old_logp"] = old_logprobs(
-                    score, state.params, rows, config, layout
+                rows["old_logp"] = score_rows(state.params, rows)
+                going_on = rollout.score_open(
+                    going_on,
+                    functools.partial(score_rows, state.params),
+                    config.rollout.row_tokens,
                 )
             with watch.phase("update"):
                 rate = optim.learning_rate(config.optim, step, config.num_steps)
@@ -216,21 +236,23 @@ def run(config: GppoConfig) -> None:
                 found = jax.device_get(found)
             for metrics in found:
                 require_finite(metrics, rows, config.workdir, step)
-            values = rollout.sample_metrics(samples, chosen, full_credit)
+            values = rollout.sample_metrics(samples, chosen, full_credit, step)
             values |= (
                 update_metrics(found) | logprob_gap(rows) | {"learning_rate": rate}
             )
+            values |= {f"sampler/{name}": value for name, value in counts.items()}
+            values["samples/groups_going_on"] = len(going_on)
             if config.evaluation.due(step + 1):
                 with watch.phase("evaluate"):
                     values |= evaluate.during_training(
-                        state.params, problems, tokenizer, pool, config
+                        state.params, problems, tokenizer, pool, config, layout
                     )
             values |= watch.lap()
             writer.write(step, values)
             writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
             bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
-                checkpoints.save(step + 1, state, prompts)
+                checkpoints.save(step + 1, state, prompts, rollout.to_json(going_on))
 
 
 def place(
@@ -246,16 +268,24 @@ def place(
 
 def old_logprobs(
     score: Any,
-    params: qwen3.Params,
-    rows: dict[str, np.ndarray],
     config: GppoConfig,
     layout: Layout,
+    params: qwen3.Params,
+    rows: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """The trainer's own log-probs of the rows, [b, T], before any update."""
+    """The trainer's own log-probs of the rows before any update, [b, T]; where tokens were
+    drawn in an earlier step, those of that step (`earlier_logp`)."""
     inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
-    batch, count = place(inputs, config.rollout.max_groups, config, layout)
-    logp_MBT = jax.device_get(score(params, batch, count))
-    return logp_MBT.reshape(-1, logp_MBT.shape[-1])[: len(rows["tokens"])]
+    room = num_micro(config, config.rollout.max_groups) * config.micro_rows
+    scored = np.empty(rows["tokens"].shape, np.float32)
+    for start in range(0, len(scored), room):
+        part = {name: x[start : start + room] for name, x in inputs.items()}
+        batch, count = place(part, config.rollout.max_groups, config, layout)
+        logp_MBT = jax.device_get(score(params, batch, count))
+        logp_BT = logp_MBT.reshape(-1, logp_MBT.shape[-1])
+        scored[start : start + room] = logp_BT[: len(part["tokens"])]
+    earlier = rows["earlier_logp"]
+    return np.where(np.isnan(earlier), scored, earlier)
 
 
 def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:

@@ -4,15 +4,18 @@ Shape letters: B samples of a step, T tokens of a row (prompt and response).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from klear_jax import advantages, losses, qwen3, sampler
 from klear_jax.errors import InputError
 from klear_jax.rewards.pool import Outcome, Pool, find_reward
+from klear_jax.sampling import Sampling
+from klear_jax.sharding import Layout
 from klear_jax.tokens import Tokenizer, cut_at_stop
 
 FILTERS = ("reward", "accuracy", "none")
@@ -30,7 +33,9 @@ class RolloutConfig:
     temperature: float
     top_p: float
     top_k: int
-    num_slots: int  # Sequences decoded at once.
+    # A phase ends when so large a share of its groups is complete; the others go on in
+    # the next one, which then waits for them. 1: wait for all.
+    finish_fraction: float
     stop_strings: tuple[str, ...]  # End a response, beside the tokenizer's stop ids.
     filter: str  # Drop groups of equal 'reward' (paper), of equal 'accuracy' (code), or 'none'.
     normalize_std: bool  # Divide advantages by the group's standard deviation.
@@ -42,7 +47,6 @@ class RolloutConfig:
             "samples_per_prompt",
             "max_prompt_tokens",
             "max_new_tokens",
-            "num_slots",
         ):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -54,13 +58,14 @@ class RolloutConfig:
             raise InputError(
                 f"rollout.filter must be one of {FILTERS}, not {self.filter!r}"
             )
-        sampler.Sampling(self.temperature, self.top_p, self.top_k)
+        if not 0 < self.finish_fraction <= 1:
+            raise InputError(
+                f"rollout.finish_fraction must be in (0, 1], not {self.finish_fraction}"
+            )
+        self.sampling()
 
-    def sampling(self) -> dict[str, Any]:
-        """The keyword arguments of `collect`."""
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_slots")
-        arguments = {name: getattr(self, name) for name in (*names, "stop_strings")}
-        return arguments | {"num_samples": self.samples_per_prompt}
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k)
 
     @property
     def row_tokens(self) -> int:
@@ -90,12 +95,56 @@ def make_pool(config: RewardConfig) -> Pool:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpenGroup:
+    """A prompt whose samples are still to be drawn, or to be drawn to their end."""
+
+    problem: str
+    answer: Any
+    group: sampler.Group  # Its key is that of the step that began it.
+    # Of each sample, for each token so far: the step whose policy drew it, int32, and the
+    # log-prob which the trainer gave it at the end of that step, float32.
+    policy_steps: Sequence[np.ndarray]
+    old_logp: Sequence[np.ndarray]
+    outcomes: Sequence[Outcome | None]  # Of the samples that have ended.
+    carried: bool  # It was begun in an earlier step.
+
+
+def open_groups(
+    prompts: Mapping[str, Sequence[Any]],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    key: jax.Array,
+) -> list[OpenGroup]:
+    """New groups, of prompts with tokens, prompt_ids, answers and problems."""
+    columns = (
+        prompts[name] for name in ("problems", "answers", "tokens", "prompt_ids")
+    )
+    return [
+        OpenGroup(
+            problem,
+            answer,
+            sampler.Group(
+                ids, int(name), key, max_new_tokens, [sampler.NOT_BEGUN] * num_samples
+            ),
+            policy_steps=[np.zeros(0, np.int32)] * num_samples,
+            old_logp=[np.zeros(0, np.float32)] * num_samples,
+            outcomes=[None] * num_samples,
+            carried=False,
+        )
+        for problem, answer, ids, name in zip(*columns, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
-    """The samples of one step with their rewards; lists and arrays are B long."""
+    """The complete groups of one step, sample by sample; lists and arrays are B long."""
 
     problems: list[str]
-    prompts: list[list[int]]  # Token ids.
+    prompts: list[Sequence[int]]  # Token ids.
     samples: list[sampler.Sample]
+    policy_steps: list[np.ndarray]  # [n] int32 each, as `OpenGroup`.
+    old_logp: list[np.ndarray]  # Of the tokens from earlier steps: up to [n] each.
     texts: list[str]  # Responses, decoded.
     outcomes: list[Outcome]
     reward_B: np.ndarray  # float32; nan where scoring failed by our fault.
@@ -108,59 +157,108 @@ class Rollout:
 def collect(
     params: qwen3.Params,
     model: qwen3.Config,
-    prompts: Mapping[str, Sequence[Any]],
+    groups: Sequence[OpenGroup],
     tokenizer: Tokenizer,
     pool: Pool,
     rewards: RewardConfig,
     *,
-    num_samples: int,
-    key: jax.Array,
+    sampling: Sampling,
+    engine: sampler.Engine,
     stop_strings: Sequence[str],
-    **sampling: Any,
-) -> Rollout:
-    """Samples responses and scores each while later ones are still being decoded.
+    step: int = 0,
+    finish_fraction: float = 1.0,
+    dtype: jnp.dtype | None = None,
+    layout: Layout | None = None,
+) -> tuple[Rollout, list[OpenGroup], dict[str, float]]:
+    """Samples responses and scores each while others are still being decoded.
 
     Args:
-        prompts: tokens, prompt_ids, answers, problems, one entry a prompt each.
-        num_samples: responses to each prompt.
-        key: of this step's randomness.
+        groups: to draw, those carried from an earlier step first.
         stop_strings: text that ends a response, beside the tokenizer's stop ids.
-        sampling: keyword arguments of `sampler.generate`.
+        step: of the policy.
+        finish_fraction: as in `RolloutConfig`.
+        sampling, engine, dtype, layout: see `sampler.sample_groups`.
+
+    Returns:
+        The complete groups, those that go on (without `old_logp` for the new tokens), and
+        the counts of the sampler.
     """
-    n = num_samples
-    count = len(prompts["tokens"]) * n
-    samples, texts, futures = [None] * count, [""] * count, [None] * count
+    samples = [list(open_.group.samples) for open_ in groups]
+    left = [sum(not g.group.ended(s) for s in g.group.samples) for g in groups]
+    futures: dict[tuple[int, int], Any] = {}
 
-    def score(wave):
-        for i, j, sample in wave:
-            b = i * n + j
-            samples[b] = cut(sample, tokenizer, stop_strings)
-            texts[b] = tokenizer.decode(samples[b].tokens)
-            futures[b] = pool.submit(
-                rewards.kind, texts[b], prompts["answers"][i], **rewards.options
-            )
+    def finish(i: int, j: int, sample: sampler.Sample) -> None:
+        samples[i][j] = cut(sample, tokenizer, stop_strings)
+        text = tokenizer.decode(samples[i][j].tokens)
+        futures[i, j] = pool.submit(
+            rewards.kind, text, groups[i].answer, **rewards.options
+        )
+        left[i] -= 1
 
-    sampler.generate(
+    def enough() -> bool:
+        if any(n for n, open_ in zip(left, groups, strict=True) if open_.carried):
+            return False
+        return left.count(0) >= finish_fraction * len(groups)
+
+    found, counts = sampler.sample_groups(
         params,
         model,
-        prompts["tokens"],
-        num_samples=n,
+        [open_.group for open_ in groups],
+        sampling=sampling,
+        engine=engine,
         stop_ids=tokenizer.stop_ids,
-        seed=key,
-        prompt_ids=prompts["prompt_ids"],
-        on_wave=score,
-        **sampling,
+        dtype=dtype,
+        layout=layout,
+        on_finish=finish,
+        enough=enough if finish_fraction < 1 else None,
     )
-    outcomes = [future.result() for future in futures]
-    group_B = np.repeat(np.arange(len(prompts["tokens"])), n)
+    # A stop string may have ended what the sampler would go on with.
+    for i, group in enumerate(found):
+        for j, sample in enumerate(group.samples):
+            if (i, j) not in futures and groups[i].outcomes[j] is None:
+                samples[i][j] = cut(sample, tokenizer, stop_strings)
+                if group.ended(samples[i][j]):
+                    finish(i, j, samples[i][j])
+    outcomes = [
+        [
+            futures[i, j].result() if (i, j) in futures else outcome
+            for j, outcome in enumerate(open_.outcomes)
+        ]
+        for i, open_ in enumerate(groups)
+    ]
+    after = [
+        dataclasses.replace(
+            open_,
+            group=dataclasses.replace(open_.group, samples=samples[i]),
+            policy_steps=[
+                np.append(old, np.full(len(s.tokens) - len(old), step, np.int32))
+                for old, s in zip(open_.policy_steps, samples[i], strict=True)
+            ],
+            outcomes=outcomes[i],
+            carried=True,
+        )
+        for i, open_ in enumerate(groups)
+    ]
+    complete = [open_ for open_, n in zip(after, left, strict=True) if not n]
+    going_on = [open_ for open_, n in zip(after, left, strict=True) if n]
+    return _rollout(complete, tokenizer), going_on, counts
+
+
+def _rollout(groups: Sequence[OpenGroup], tokenizer: Tokenizer) -> Rollout:
+    """Complete groups, flat."""
+    pairs = [(g, j) for g, x in enumerate(groups) for j in range(len(x.outcomes))]
+    samples = [groups[g].group.samples[j] for g, j in pairs]
+    outcomes = [groups[g].outcomes[j] for g, j in pairs]
     return Rollout(
-        problems=[prompts["problems"][g] for g in group_B],
-        prompts=[prompts["tokens"][g] for g in group_B],
+        problems=[groups[g].problem for g, _ in pairs],
+        prompts=[groups[g].group.prompt for g, _ in pairs],
         samples=samples,
-        texts=texts,
+        policy_steps=[groups[g].policy_steps[j] for g, j in pairs],
+        old_logp=[groups[g].old_logp[j] for g, j in pairs],
+        texts=[tokenizer.decode(sample.tokens) for sample in samples],
         outcomes=outcomes,
         reward_B=np.array([outcome.score for outcome in outcomes], np.float32),
-        group_B=group_B,
+        group_B=np.array([g for g, _ in pairs], int),
     )
 
 
@@ -196,39 +294,146 @@ def select(rollout: Rollout, config: RolloutConfig, full_credit: float) -> np.nd
     return kept[np.concatenate(groups)] if groups else kept
 
 
-def make_rows(
-    rollout: Rollout, chosen: np.ndarray, config: RolloutConfig
+def lay_out(
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[sampler.Sample],
+    old_logp: Sequence[np.ndarray],
+    row_tokens: int,
 ) -> dict[str, np.ndarray]:
-    """One row [T] a chosen sample: its prompt, its response, padding.
+    """One row [T] a sample: its prompt, its response, padding.
 
     Returns:
-        tokens, positions, segment_ids, mask (1 on the response), advantage,
-        behaviour_logp (the sampler's log-probs): each [b, T].
+        tokens, positions, segment_ids, mask (1 on the response), behaviour_logp (the
+        sampler's log-probs), earlier_logp (`OpenGroup.old_logp`; nan where it is still to
+        be scored): each [B, T].
     """
-    B, T = len(chosen), config.row_tokens
+    B, T = len(samples), row_tokens
     tokens_BT, mask_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     segment_ids_BT = np.zeros((B, T), np.int32)
     behaviour_logp_BT = np.zeros((B, T), np.float32)
-    for row, b in enumerate(chosen):
-        prompt, sample = rollout.prompts[b], rollout.samples[b]
-        end = len(prompt) + len(sample.tokens)
-        tokens_BT[row, :end] = prompt + sample.tokens
+    earlier_logp_BT = np.full((B, T), np.nan, np.float32)
+    for row, (prompt, sample, old) in enumerate(
+        zip(prompts, samples, old_logp, strict=True)
+    ):
+        start, end = len(prompt), len(prompt) + len(sample.tokens)
+        tokens_BT[row, :end] = [*prompt, *sample.tokens]
         segment_ids_BT[row, :end] = 1
-        mask_BT[row, len(prompt) : end] = 1
-        behaviour_logp_BT[row, len(prompt) : end] = sample.logprobs
-    advantage_B = advantages.group_relative(
-        rollout.reward_B[chosen],
-        rollout.group_B[chosen],
-        normalize_std=config.normalize_std,
-    )
+        mask_BT[row, start:end] = 1
+        behaviour_logp_BT[row, start:end] = sample.logprobs
+        earlier_logp_BT[row, start : start + len(old)] = old
     return {
         "tokens": tokens_BT,
         "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
         "segment_ids": segment_ids_BT,
         "mask": mask_BT,
-        "advantage": np.where(mask_BT, advantage_B[:, None], np.float32(0)),
         "behaviour_logp": behaviour_logp_BT,
+        "earlier_logp": earlier_logp_BT,
     }
+
+
+def make_rows(
+    rollout: Rollout, chosen: np.ndarray, config: RolloutConfig
+) -> dict[str, np.ndarray]:
+    """The rows of the chosen samples, as `lay_out`, with their advantage [b, T]."""
+    rows = lay_out(
+        [rollout.prompts[b] for b in chosen],
+        [rollout.samples[b] for b in chosen],
+        [rollout.old_logp[b] for b in chosen],
+        config.row_tokens,
+    )
+    advantage_B = advantages.group_relative(
+        rollout.reward_B[chosen],
+        rollout.group_B[chosen],
+        normalize_std=config.normalize_std,
+    )
+    return rows | {
+        "advantage": np.where(rows["mask"], advantage_B[:, None], np.float32(0))
+    }
+
+
+def score_open(
+    groups: Sequence[OpenGroup],
+    score: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    row_tokens: int,
+) -> list[OpenGroup]:
+    """Groups that go on, with the old log-probs of the tokens of this step.
+
+    Args:
+        score: rows (as `lay_out`) -> the trainer's log-probs [B, T], `earlier_logp` kept.
+    """
+    samples = [sample for open_ in groups for sample in open_.group.samples]
+    rows = lay_out(
+        [open_.group.prompt for open_ in groups for _ in open_.group.samples],
+        samples,
+        [old for open_ in groups for old in open_.old_logp],
+        row_tokens,
+    )
+    logp_BT = score(rows)
+    logp = iter(
+        logp_T[mask_T != 0]
+        for logp_T, mask_T in zip(logp_BT, rows["mask"], strict=True)
+    )
+    return [
+        dataclasses.replace(open_, old_logp=[next(logp) for _ in open_.group.samples])
+        for open_ in groups
+    ]
+
+
+def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
+    """Groups as a checkpoint keeps them; float32 survives exactly."""
+
+    def one(open_: OpenGroup) -> dict[str, Any]:
+        group = open_.group
+        return {
+            "problem": open_.problem,
+            "answer": open_.answer,
+            "prompt": list(map(int, group.prompt)),
+            "prompt_id": group.prompt_id,
+            "key": jax.random.key_data(group.key).tolist(),
+            "limit": group.limit,
+            "samples": [
+                {
+                    "tokens": sample.tokens,
+                    "logprobs": sample.logprobs.tolist(),
+                    "finished": sample.finished,
+                    "policy_steps": steps.tolist(),
+                    "old_logp": old.tolist(),
+                    "outcome": outcome and dataclasses.astuple(outcome),
+                }
+                for sample, steps, old, outcome in zip(
+                    group.samples,
+                    open_.policy_steps,
+                    open_.old_logp,
+                    open_.outcomes,
+                    strict=True,
+                )
+            ],
+        }
+
+    return [one(open_) for open_ in groups]
+
+
+def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
+    """What `to_json` wrote."""
+
+    def one(row: Mapping[str, Any]) -> OpenGroup:
+        found = row["samples"]
+        key = jax.random.wrap_key_data(np.array(row["key"], np.uint32))
+        samples = [
+            sampler.Sample(x["tokens"], np.float32(x["logprobs"]), x["finished"])
+            for x in found
+        ]
+        return OpenGroup(
+            row["problem"],
+            row["answer"],
+            sampler.Group(row["prompt"], row["prompt_id"], key, row["limit"], samples),
+            policy_steps=[np.array(x["policy_steps"], np.int32) for x in found],
+            old_logp=[np.array(x["old_logp"], np.float32) for x in found],
+            outcomes=[x["outcome"] and Outcome(*x["outcome"]) for x in found],
+            carried=True,
+        )
+
+    return [one(row) for row in rows]
 
 
 def mini_batches(
@@ -262,12 +467,12 @@ def mini_batches(
         mini["positive_weight"] = losses.token_weights(
             mask_BT * positive_B[index, None], aggregation
         )
-        del mini["behaviour_logp"]
+        del mini["behaviour_logp"], mini["earlier_logp"]
         yield mini
 
 
 def sample_metrics(
-    rollout: Rollout, chosen: np.ndarray, full_credit: float
+    rollout: Rollout, chosen: np.ndarray, full_credit: float, step: int
 ) -> dict[str, float]:
     """What the samples of a step look like, before and after the filter."""
     length_B = np.array([len(sample.tokens) for sample in rollout.samples])
@@ -291,6 +496,10 @@ def sample_metrics(
         "samples/used": len(chosen),
         "samples/groups_used": len(np.unique(rollout.group_B[chosen])),
         "samples/tokens": int(length_B.sum()),
+        # Drawn by the policy of an earlier step.
+        "samples/tokens_carried": sum(
+            int((steps != step).sum()) for steps in rollout.policy_steps
+        ),
         "samples/length": float(length_B.mean()),
         "samples/length_max": int(length_B.max()),
         "samples/finished": float(
@@ -320,6 +529,7 @@ def sample_rows(
             "group": int(rollout.group_B[b]),
             "finished": rollout.samples[b].finished,
             "num_tokens": len(rollout.samples[b].tokens),
+            "policy_steps": sorted(set(rollout.policy_steps[b].tolist())),
             "logprob": float(np.sum(rollout.samples[b].logprobs)),
         }
         for b, outcome in enumerate(rollout.outcomes)

@@ -60,10 +60,6 @@ class Group:
     def ended(self, sample: Sample) -> bool:
         return sample.finished or len(sample.tokens) >= self.limit
 
-    @property
-    def complete(self) -> bool:
-        return all(map(self.ended, self.samples))
-
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
@@ -205,7 +201,7 @@ def sample_groups(
         token, over all steps).
     """
     check_groups(groups, config, stop_ids)
-    shape = _shape(groups, engine, layout)
+    shape = program_shape(engine, layout, groups)
     check_fits(groups, shape)
     dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
     start = time.perf_counter()
@@ -361,10 +357,11 @@ def _requests(groups: Sequence[Group], share_prompts: bool) -> list[scheduler.Pr
     return prompts
 
 
-def _shape(
-    groups: Sequence[Group], engine: Engine, layout: Layout | None
+def program_shape(
+    engine: Engine, layout: Layout | None, groups: Sequence[Group] = ()
 ) -> scheduler.Shape:
-    """The sizes of the programs, in few steps, so that few are ever compiled."""
+    """The sizes of the programs. With `slot_tokens` they are the engine's own; without,
+    they fit the groups, in few steps, so that few are ever compiled."""
     replicas = 1 if layout is None else layout.shards("batch")
     if engine.num_slots % replicas:
         raise InputError(
@@ -537,6 +534,95 @@ def jitted(platform: str) -> Jitted:
             donate_argnames=("pool", "slots"),
         ),
     )
+
+
+def lower_programs(
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    config: qwen3.Config,
+    layout: Layout | None,
+    dtype: jnp.dtype,
+    kernel: str,
+    platform: str,
+) -> dict[str, jax.stages.Lowered]:
+    """The programs of a run from shapes alone, ready to compile for devices that need not
+    be there.
+
+    Args:
+        engine: with slot_tokens.
+        layout: of training, on the mesh to compile for.
+        kernel: see `kv_cache.KERNELS`.
+        platform: 'cpu', 'gpu' or 'tpu'.
+
+    Returns:
+        'reshard' (of float32 weights), 'prefill', 'copy_pages' and 'decode' (of the most
+        pairs of slot and page).
+    """
+    shape = program_shape(engine, layout)
+    train_layout, layout = layout, layout and sampling_layout(layout)
+    model = {"config": config, "layout": layout, "dtype": jnp.dtype(dtype)}
+    programs = jitted(platform)
+
+    def place(x, axes, layout=layout):
+        axes = (*axes, *[None] * (x.ndim - len(axes)))
+        sharding = layout and layout.sharding(*axes)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    table = qwen3.param_table(config)
+    params = jax.tree.map(
+        lambda param: place(
+            jax.ShapeDtypeStruct(param.shape, jnp.float32), param.axes, train_layout
+        ),
+        table,
+    )
+    weights = jax.eval_shape(
+        functools.partial(sampling_copy, kernel=kernel, **model), params
+    )
+    if kernel == "xla":
+        layer = jax.tree.map(
+            lambda p: dataclasses.replace(p, axes=p.axes[1:]), table["layers"]
+        )
+        table = table | {"layers": (layer,) * config.num_layers}
+    weights = jax.tree.map(lambda p, x: place(x, p.axes), table, weights)
+    init = functools.partial(
+        init_state, shape=shape, kernel=kernel, sampling=sampling, **model
+    )
+    pool, slots, waiting = jax.eval_shape(init)
+    pool = jax.tree.map(lambda x: place(x, pool.axes), pool)
+    slots, waiting = jax.tree.map(lambda x: place(x, ("batch",)), (slots, waiting))
+
+    s, int32 = shape, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    RX, RB = (s.replicas, s.prefill_blocks), (s.replicas, s.slots)
+    blocks = {name: int32(RX) for name in ("start", "row", "last")} | {
+        "tokens": int32((*RX, s.block_tokens)),
+        "table": int32((*RX, s.slot_pages)),
+        "active": jax.ShapeDtypeStruct(RX, bool),
+    }
+    steps = {name: int32(RB) for name in ("limit", "source", "start", "drawn")} | {
+        "table": int32((*RB, s.slot_pages)),
+        "key": jax.ShapeDtypeStruct((*RB, 4), jnp.uint32),
+    }
+    return {
+        "reshard": programs.sampling_copy.lower(params, kernel=kernel, **model),
+        "prefill": programs.prefill.lower(weights, pool, waiting, blocks, **model),
+        "copy_pages": programs.copy_pages.lower(
+            pool, int32(RB), int32(RB), layout=layout
+        ),
+        "decode": programs.decode.lower(
+            weights,
+            pool,
+            slots,
+            waiting,
+            steps,
+            int32(()),
+            int32((8,)),
+            sampling=sampling,
+            max_steps=s.decode_steps,
+            num_pairs=pair_sizes(s)[-1] if kernel == "xla" else 0,
+            **model,
+        ),
+    }
 
 
 def sampling_copy(

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from klear_jax import checkpoint, evaluate, losses, optim, qwen3, rollout, steps, tokens
+from klear_jax import (
+    checkpoint,
+    evaluate,
+    losses,
+    optim,
+    qwen3,
+    rollout,
+    sampler,
+    steps,
+    tokens,
+)
 from klear_jax.data.batches import sft_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
@@ -46,6 +56,7 @@ class SftConfig:
     micro_rows: int
     num_steps: int
     optim: optim.OptimConfig
+    sampler: sampler.Engine
     rewards: rollout.RewardConfig
     evaluation: evaluate.EvaluationConfig
     checkpoint: checkpoint.CheckpointConfig
@@ -133,7 +144,7 @@ def run(config: SftConfig) -> None:
                 if evaluates and read_step == step:
                     with watch.phase("evaluate"):
                         values |= evaluate.during_training(
-                            state.params, problems, tokenizer, pool, config
+                            state.params, problems, tokenizer, pool, config, layout
                         )
                 values |= watch.lap()
                 writer.write(read_step, values)

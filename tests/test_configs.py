@@ -342,34 +342,43 @@ def test_gppo_programs(name):
     assert c.rollout.max_groups * c.rollout.samples_per_prompt <= M * B
 
 
+@pytest.mark.parametrize("kernel", ["xla", "tpu"])
 @pytest.mark.parametrize("name", ["sft_tiny", "gppo_tiny", "sft_8b", "gppo_8b"])
-def test_sampler_programs(name):
+def test_sampler_programs(name, kernel):
     task, c = parse(name)
+    if kernel == "tpu" and "tiny" in name:
+        pytest.skip("heads of the tiny model are too narrow for the TPU kernel")
+    if kernel == "xla" and "8b" in name:
+        # Unrolled, all 36 layers would take long to trace.
+        c = dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=2))
     s = c.rollout if task == "gppo" else c.evaluation
-    state, _ = abstract_state(c, make_layout(c))
-    shape = sampler.Shape(
-        slots=s.num_slots,
-        prompt_tokens=s.max_prompt_tokens,
-        new_tokens=s.max_new_tokens,
-        capacity=s.max_prompt_tokens + s.max_new_tokens,
+    layout = make_layout(c)
+    engine = dataclasses.replace(
+        c.sampler, slot_tokens=s.max_prompt_tokens + s.max_new_tokens
     )
-    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    B = s.num_slots
-    out = sampler._run_wave.lower(
-        state.params,
-        tokens_BP=int32((B, s.max_prompt_tokens)),
-        length_B=int32((B,)),
-        limit_B=int32((B,)),
-        identity_B2=int32((B, 2)),
-        key=jax.eval_shape(lambda: jax.random.key(0)),
-        stop_ids=int32((2,)),
+    programs = sampler.lower_programs(
+        engine,
+        s.sampling(),
         config=c.model,
-        sampling=sampler.Sampling(s.temperature, s.top_p, s.top_k),
-        shape=shape,
-        dtype=jnp.dtype(c.dtype),
-    ).out_info
-    for got, dtype in ((out.tokens_BT, jnp.int32), (out.logprobs_BT, jnp.float32)):
-        assert (got.shape, got.dtype) == ((B, shape.new_tokens), dtype)
+        layout=layout,
+        dtype=c.dtype,
+        kernel=kernel,
+        platform="cpu",
+    )
+    shape = sampler.program_shape(engine, layout)
+    assert shape.replicas * shape.slots == c.sampler.num_slots
+    # The whole of the longest row, and a page to copy, fits into every replica.
+    assert shape.pages > shape.slot_pages
+    pool, _, *drawn = programs["decode"].out_info
+    want = (shape.decode_steps, shape.replicas, shape.slots)
+    assert [(x.shape, x.dtype) for x in drawn] == [
+        (want, jnp.int32),
+        (want, jnp.float32),
+    ]
+    model, tokens = c.model, shape.replicas * shape.pages * shape.page_tokens
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(pool))
+    heads = model.num_kv_heads * model.head_dim
+    assert size == 2 * model.num_layers * heads * tokens
 
 
 def test_state_is_split_over_the_mesh():

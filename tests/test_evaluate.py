@@ -14,6 +14,7 @@ import pytest
 from klear_jax import evaluate, rollout, sampler
 from klear_jax.errors import InputError
 from klear_jax.rewards.pool import Outcome
+from klear_jax.sampling import Sampling
 
 CONFIG = evaluate.EvaluationConfig(
     data="",
@@ -23,10 +24,10 @@ CONFIG = evaluate.EvaluationConfig(
     temperature=0.6,
     top_p=0.95,
     top_k=20,
+    repetition_penalty=1.05,
     greedy=True,
     max_prompt_tokens=4,
     max_new_tokens=8,
-    num_slots=2,
     stop_strings=(),
     seed=3,
     every=5,
@@ -82,15 +83,17 @@ def calls(monkeypatch):
     """What the sampler was asked; its answers are SAMPLED or GREEDY."""
     calls = []
 
-    def generate(params, model, prompts, *, num_samples, on_wave, **arguments):
-        calls.append({"num_samples": num_samples} | arguments)
-        groups = GREEDY if arguments["temperature"] == 0 else SAMPLED
-        for i, j in itertools.product(range(len(prompts)), range(num_samples)):
-            tokens = groups[i][j]
-            logprobs = np.zeros(len(tokens), np.float32)
-            on_wave([(i, j, sampler.Sample(tokens, logprobs, tokens[-1] == 1))])
+    def sample_groups(params, model, groups, *, on_finish, **arguments):
+        calls.append({"groups": groups} | arguments)
+        answers = GREEDY if arguments["sampling"].temperature == 0 else SAMPLED
+        for i, group in enumerate(groups):
+            for j in range(len(group.samples)):
+                tokens = answers[i][j]
+                logprobs = np.zeros(len(tokens), np.float32)
+                on_finish(i, j, sampler.Sample(tokens, logprobs, tokens[-1] == 1))
+        return groups, {}
 
-    monkeypatch.setattr(sampler, "generate", generate)
+    monkeypatch.setattr(sampler, "sample_groups", sample_groups)
     return calls
 
 
@@ -103,6 +106,7 @@ def run(config, pool=None):
         pool or Pool(),
         REWARDS,
         config,
+        engine=sampler.Engine(num_slots=2),
         dtype=jnp.dtype("float32"),
     )
 
@@ -127,13 +131,14 @@ def test_known_answers_give_known_numbers(calls):
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert [len(one) for one in rollouts] == [12, 3]
     sampled, greedy = calls
-    for name in ("temperature", "top_p", "top_k", "num_samples"):
-        assert sampled[name] == getattr(CONFIG, name)
-    assert (greedy["temperature"], greedy["num_samples"]) == (0, 1)
-    for call in calls:
-        assert (call["max_new_tokens"], call["num_slots"]) == (8, 2)
-        assert call["prompt_ids"] == [0, 1, 2]
+    assert sampled["sampling"] == Sampling(0.6, 0.95, 20, 1.05)
+    assert greedy["sampling"] == Sampling(0.0, 0.95, 20, 1.05)
+    for call, num_samples in ((sampled, 4), (greedy, 1)):
+        assert call["engine"] == sampler.Engine(num_slots=2, slot_tokens=4 + 8)
         assert call["stop_ids"] == (1,)
+        assert [group.prompt_id for group in call["groups"]] == [0, 1, 2]
+        assert {group.limit for group in call["groups"]} == {8}
+        assert {len(group.samples) for group in call["groups"]} == {num_samples}
 
 
 def test_greedy_alone_and_samples_alone(calls):
@@ -215,7 +220,7 @@ def test_due():
         ({"num_problems": -1}, "evaluation.num_problems must not be negative: -1"),
         ({"num_samples": -2}, "evaluation.num_samples must not be negative: -2"),
         ({"every": -1}, "evaluation.every must not be negative: -1"),
-        ({"num_slots": 0}, "evaluation.num_slots must be at least 1, not 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty must be above 0"),
         ({"max_new_tokens": 0}, "evaluation.max_new_tokens must be at least 1, not 0"),
         ({"max_prompt_tokens": -3}, "max_prompt_tokens must be at least 1, not -3"),
         ({"num_samples": 0, "greedy": False}, "asks for nothing"),

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "klear_jax"
 # A file imports only files that stand above it.
 ORDER = """
     errors config losses advantages tokens rewards metrics optim sharding attention
-    qwen3 logprobs kv_cache sampler steps hf_weights checkpoint data rollout evaluate
+    qwen3 logprobs kv_cache sampling scheduler sampler steps hf_weights checkpoint data rollout evaluate
     sft gppo train prepare_data export
 """.split()
 
@@ -69,5 +69,5 @@ def test_libraries_live_in_one_room(library):
 
 def test_the_core_knows_no_config():
     for path, unit in UNITS.items():
-        if unit in ("losses", "rewards", "sampler"):
+        if unit in ("losses", "rewards", "sampling", "scheduler", "sampler"):
             assert "klear_jax.config" not in set(imported_names(path)), path

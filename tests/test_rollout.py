@@ -14,6 +14,7 @@ import pytest
 from klear_jax import losses, qwen3, rollout, sampler
 from klear_jax.errors import InputError
 from klear_jax.rewards.pool import Outcome
+from klear_jax.sampling import Sampling
 
 CONFIG = rollout.RolloutConfig(
     prompts=4,
@@ -24,7 +25,7 @@ CONFIG = rollout.RolloutConfig(
     temperature=1.0,
     top_p=1.0,
     top_k=0,
-    num_slots=4,
+    finish_fraction=1.0,
     stop_strings=(),
     filter="reward",
     normalize_std=True,
@@ -59,60 +60,79 @@ class Pool:
         return future
 
 
-def test_collect_scores_every_sample_against_its_own_answer():
-    model = qwen3.Config(
-        vocab_size=16,
-        width=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        mlp_width=8,
-        rope_theta=1e4,
-        norm_eps=1e-6,
-        tied=True,
-        qk_norm=True,
-        max_positions=32,
-    )
+MODEL = qwen3.Config(
+    vocab_size=16,
+    width=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_width=8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+    qk_norm=True,
+    max_positions=32,
+)
+PROMPTS = {
+    "tokens": [[3, 4], [5], [6, 7, 8]],
+    "prompt_ids": [30, 10, 20],
+    "answers": [1, 2, 3],
+    "problems": ["a", "b", "c"],
+}
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def params():
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
+    return jax.tree.map(
         lambda param: rng.normal(size=param.shape).astype(np.float32),
-        qwen3.param_table(model),
+        qwen3.param_table(MODEL),
     )
 
-    def outcome(response, answer):
-        return Outcome(100.0 * answer + len(response.split()), "ok", "")
 
-    pool = Pool(outcome)
-    prompts = {
-        "tokens": [[3, 4], [5], [6, 7, 8]],
-        "prompt_ids": [30, 10, 20],
-        "answers": [1, 2, 3],
-        "problems": ["a", "b", "c"],
+def score_length(response, answer):
+    return Outcome(100.0 * answer + len(response.split()), "ok", "")
+
+
+def collect(params, groups, pool=None, **other):
+    arguments = {
+        "sampling": Sampling(),
+        "engine": sampler.Engine(num_slots=4, slot_tokens=16, decode_steps=1),
+        "stop_strings": (),
     }
-    sampling = {"max_new_tokens": 6, "temperature": 1.0, "num_slots": 4}
-    key = jax.random.key(5)
-    got = rollout.collect(
+    return rollout.collect(
         params,
-        model,
-        prompts,
+        MODEL,
+        groups,
         Tokenizer(),
-        pool,
+        pool or Pool(score_length),
         REWARDS,
-        num_samples=2,
-        key=key,
-        stop_strings=(),
-        **sampling,
+        **arguments | other,
     )
+
+
+def open_groups(num_samples=2, max_new_tokens=6):
+    return rollout.open_groups(
+        PROMPTS, num_samples=num_samples, max_new_tokens=max_new_tokens, key=KEY
+    )
+
+
+def test_collect_scores_every_sample_against_its_own_answer(params):
+    pool = Pool(score_length)
+    got, going_on, counts = collect(params, open_groups(), pool, step=3)
+    assert going_on == []
+    assert counts["slot_steps"] >= sum(len(s.tokens) for s in got.samples)
     want = sampler.generate(
         params,
-        model,
-        prompts["tokens"],
+        MODEL,
+        PROMPTS["tokens"],
         num_samples=2,
         stop_ids=(1, 2),
-        seed=key,
+        seed=KEY,
         prompt_ids=[30, 10, 20],
-        **sampling,
+        max_new_tokens=6,
     )
     assert [s.tokens for s in got.samples] == [s.tokens for g in want for s in g]
     assert got.texts == [" ".join(map(str, s.tokens)) for s in got.samples]
@@ -129,6 +149,65 @@ def test_collect_scores_every_sample_against_its_own_answer():
     assert {(kind, *options.items()) for kind, _, _, options in pool.tasks} == {
         ("math", ("wrong", -1.0))
     }
+    assert [s.tolist() for s in got.policy_steps] == [[3] * n for n in lengths]
+    assert {len(old) for old in got.old_logp} == {0}
+
+
+def test_a_group_that_goes_on_keeps_what_each_policy_drew(params):
+    """Cut off after the first group, saved, resumed under other parameters: the tokens of
+    the first step stay as they were, and are never scored again."""
+    whole, _, _ = collect(params, open_groups(max_new_tokens=12), step=0)
+    pool = Pool(score_length)
+    first, going_on, _ = collect(
+        params, open_groups(max_new_tokens=12), pool, step=0, finish_fraction=0.3
+    )
+    num = len(first) // 2
+    assert 0 < num < 3
+    assert len(going_on) == 3 - num
+    begun = [s for open_ in going_on for s in open_.group.samples]
+    assert any(s.tokens for s in begun)
+    ended = [o for open_ in going_on for o in open_.outcomes if o is not None]
+    assert len(pool.tasks) == len(first) + len(ended)
+
+    def score(rows):
+        new = np.float32(-7) * rows["mask"]
+        return np.where(np.isnan(rows["earlier_logp"]), new, rows["earlier_logp"])
+
+    going_on = rollout.score_open(going_on, score, 16)
+    text = json.dumps(rollout.to_json(going_on))
+    going_on = rollout.from_json(json.loads(text))
+    assert json.dumps(rollout.to_json(going_on)) == text
+
+    other = jax.tree.map(lambda x: -x, params)
+    new = rollout.open_groups(
+        PROMPTS, num_samples=2, max_new_tokens=12, key=jax.random.key(6)
+    )
+    # It waits for what is carried, however small the share that it must finish.
+    second, _, _ = collect(other, going_on + new, pool, step=1, finish_fraction=0.01)
+    assert len(pool.tasks) >= 6
+    found = {(p, j): b for b, p in enumerate(second.problems) for j in (b % 2,)}
+    kept = 0
+    for open_ in going_on:
+        for j, before in enumerate(open_.group.samples):
+            b = found[open_.problem, j]
+            n = len(before.tokens)
+            sample = second.samples[b]
+            assert sample.tokens[:n] == before.tokens
+            np.testing.assert_array_equal(sample.logprobs[:n], before.logprobs)
+            assert second.policy_steps[b].tolist() == [0] * n + [1] * (
+                len(sample.tokens) - n
+            )
+            assert second.old_logp[b].tolist() == [-7.0] * n
+            kept += n
+            at = whole.problems.index(open_.problem) + j
+            assert whole.samples[at].tokens[:n] == before.tokens
+    assert kept
+    metrics = rollout.sample_metrics(second, np.zeros(0, int), 1.0, step=1)
+    assert metrics["samples/tokens_carried"] == kept
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=4, max_new_tokens=12)
+    rows = rollout.make_rows(second, np.arange(len(second)), config)
+    assert (rows["earlier_logp"] == -7).sum() == kept
+    assert np.isnan(rows["earlier_logp"]).sum() == rows["tokens"].size - kept
 
 
 def test_a_stop_string_ends_a_sample_with_the_token_that_completes_it():
@@ -159,6 +238,8 @@ def make(rewards, group_size=3, lengths=None):
         problems=[f"problem {g}" for g in group_B],
         prompts=[[int(g) + 1] * (int(g) % 4 + 1) for g in group_B],
         samples=samples,
+        policy_steps=[np.zeros(n, np.int32) for n in lengths],
+        old_logp=[np.zeros(0, np.float32)] * B,
         texts=[f"text {b}" for b in range(B)],
         outcomes=[
             Outcome(float(r), "ok" if np.isfinite(r) else "error", "") for r in rewards
@@ -312,7 +393,7 @@ def test_sample_metrics():
         for outcome, status in zip(got.outcomes, statuses, strict=True)
     ]
     got = dataclasses.replace(got, outcomes=outcomes)
-    metrics = rollout.sample_metrics(got, np.array([0, 1, 6, 7, 8]), 1.0)
+    metrics = rollout.sample_metrics(got, np.array([0, 1, 6, 7, 8]), 1.0, step=0)
     assert metrics == pytest.approx(
         {
             "reward/mean": 1.5 / 8,
@@ -331,7 +412,7 @@ def test_sample_metrics():
             "samples/finished": 5 / 9,
         }
     )
-    failed = rollout.sample_metrics(make([NAN] * 3), np.zeros(0, int), 1.0)
+    failed = rollout.sample_metrics(make([NAN] * 3), np.zeros(0, int), 1.0, step=0)
     assert math.isnan(failed["reward/mean"])
     assert failed["samples/groups_used"] == 0
 
@@ -373,12 +454,13 @@ def test_sample_rows_are_json():
         ("samples_per_prompt", -1, "-1"),
         ("max_prompt_tokens", 0, "0"),
         ("max_new_tokens", 0, "0"),
-        ("num_slots", 0, "0"),
         ("filter", "rewards", "'rewards'"),
         ("stop_strings", ("x", ""), "an empty string"),
         ("temperature", -1.0, "-1.0"),
         ("top_p", 0.0, "0.0"),
         ("top_k", -2, "-2"),
+        ("finish_fraction", 0.0, "0.0"),
+        ("finish_fraction", 1.5, "1.5"),
     ],
 )
 def test_bad_settings_are_named(name, value, named):
