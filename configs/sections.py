@@ -66,9 +66,9 @@ def sampler(
     c.page_tokens = page_tokens
     c.pool_tokens = ml_collections.FieldReference(pool_tokens, field_type=int)
     c.prefill_tokens = prefill_tokens
-    # Steps between two words with the host: a sample that meets a stop token keeps its
-    # slot for 1 to 2 times as many.
-    c.decode_steps = 8
+    # Between two words with the host: a sample that meets a stop token keeps its slot for
+    # 1 to 2 times as many.
+    c.decode_steps = 8  # [ours]
     return c
 
 

@@ -68,10 +68,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.weight_decay = 0.01  # [V] Times the learning rate, on all parameters.
     c.optim.clip_norm = 1.0  # [V] Global norm of the gradient.
 
-    # [ours] Of the evaluation, and of gppo_8b: 32 slots on each of 16 replicas of 4 chips,
-    # and a cache of 2^23 tokens: 18.0 GiB on each chip in bfloat16.
+    # Of the evaluation, and of gppo_8b: 32 slots on each of 16 replicas of 4 chips, and a
+    # cache of 2^23 tokens: 18.0 GiB on each chip in bfloat16.
     c.sampler = sections.sampler(
-        num_slots=512, page_tokens=128, pool_tokens=1 << 23, prefill_tokens=1_024
+        num_slots=512,  # [ours]
+        page_tokens=128,  # [ours]
+        pool_tokens=1 << 23,  # [ours]
+        prefill_tokens=1_024,  # [ours]
     )
     c.rewards = sections.math_rewards(num_workers=32)  # [ours] Of the evaluation.
 

@@ -125,9 +125,8 @@ def evaluate(
             pool,
             rewards,
             sampling=sampling,
-            engine=dataclasses.replace(
-                engine, slot_tokens=config.max_prompt_tokens + config.max_new_tokens
-            ),
+            engine=engine,
+            slot_tokens=config.max_prompt_tokens + config.max_new_tokens,
             stop_strings=config.stop_strings,
             dtype=dtype,
             layout=layout,

@@ -202,9 +202,8 @@ def run(config: GppoConfig) -> None:
                     pool,
                     config.rewards,
                     sampling=config.rollout.sampling(),
-                    engine=dataclasses.replace(
-                        config.sampler, slot_tokens=config.rollout.row_tokens
-                    ),
+                    engine=config.sampler,
+                    slot_tokens=config.rollout.row_tokens,
                     stop_strings=config.rollout.stop_strings,
                     step=step,
                     finish_fraction=config.rollout.finish_fraction,
@@ -240,6 +239,7 @@ def run(config: GppoConfig) -> None:
             values |= (
                 update_metrics(found) | logprob_gap(rows) | {"learning_rate": rate}
             )
+            values["seconds/reshard"] = counts.pop("reshard_seconds")
             values |= {f"sampler/{name}": value for name, value in counts.items()}
             values["samples/groups_going_on"] = len(going_on)
             if config.evaluation.due(step + 1):

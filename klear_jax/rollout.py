@@ -164,6 +164,7 @@ def collect(
     *,
     sampling: Sampling,
     engine: sampler.Engine,
+    slot_tokens: int,
     stop_strings: Sequence[str],
     step: int = 0,
     finish_fraction: float = 1.0,
@@ -177,7 +178,7 @@ def collect(
         stop_strings: text that ends a response, beside the tokenizer's stop ids.
         step: of the policy.
         finish_fraction: as in `RolloutConfig`.
-        sampling, engine, dtype, layout: see `sampler.sample_groups`.
+        sampling, engine, slot_tokens, dtype, layout: see `sampler.sample_groups`.
 
     Returns:
         The complete groups, those that go on (without `old_logp` for the new tokens), and
@@ -206,6 +207,7 @@ def collect(
         [open_.group for open_ in groups],
         sampling=sampling,
         engine=engine,
+        slot_tokens=slot_tokens,
         stop_ids=tokenizer.stop_ids,
         dtype=dtype,
         layout=layout,
@@ -436,6 +438,9 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
     return [one(row) for row in rows]
 
 
+RECORDED = ("behaviour_logp", "earlier_logp")  # Of rows: no update reads them.
+
+
 def mini_batches(
     rows: Mapping[str, np.ndarray],
     groups_B: np.ndarray,
@@ -461,13 +466,12 @@ def mini_batches(
     count = -(-len(groups) // prompts)
     for part in np.array_split(np.arange(len(groups)), count) if count else []:
         index = np.concatenate([groups[g] for g in part])
-        mini = {name: x[index] for name, x in rows.items()}
+        mini = {name: x[index] for name, x in rows.items() if name not in RECORDED}
         mask_BT = mini.pop("mask")
         mini["weight"] = losses.token_weights(mask_BT, aggregation)
         mini["positive_weight"] = losses.token_weights(
             mask_BT * positive_B[index, None], aggregation
         )
-        del mini["behaviour_logp"], mini["earlier_logp"]
         yield mini
 
 

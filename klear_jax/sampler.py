@@ -71,10 +71,6 @@ class Engine:
     pool_tokens: int | None = None  # Of the cache, all devices; None: what slots need.
     prefill_tokens: int = 256  # Of one prefill, on each replica.
     decode_steps: int = 8  # Between two words with the host.
-    # Room of a sample with its prompt, which fixes the programs: num_slots and this are
-    # then what is compiled, whatever is asked for. None: made to fit the requests.
-    slot_tokens: int | None = None
-    share_prompts: bool = True  # A prompt is computed once for all its samples.
 
     def __post_init__(self):
         for name in ("num_slots", "page_tokens", "prefill_tokens", "decode_steps"):
@@ -122,6 +118,7 @@ def generate(
     dtype: jnp.dtype | None = None,
     layout: Layout | None = None,
     on_finish: Callable[[int, int, Sample], None] | None = None,
+    share_prompts: bool = True,
     **engine: Any,
 ) -> list[list[Sample]]:
     """Samples `num_samples` responses to each prompt.
@@ -140,6 +137,7 @@ def generate(
         layout: of the parameters, where they lie on a mesh: slots then lie on its batch
             axes, heads on its tensor axis.
         on_finish: called with (prompt index, sample index, Sample) as samples end.
+        share_prompts: a prompt is computed once for all its samples.
         **engine: see `Engine`.
 
     Returns:
@@ -171,6 +169,7 @@ def generate(
         dtype=dtype,
         layout=layout,
         on_finish=on_finish,
+        share_prompts=share_prompts,
     )
     return [list(group.samples) for group in groups]
 
@@ -187,10 +186,14 @@ def sample_groups(
     layout: Layout | None = None,
     on_finish: Callable[[int, int, Sample], None] | None = None,
     enough: Callable[[], bool] | None = None,
+    slot_tokens: int | None = None,
+    share_prompts: bool = True,
 ) -> tuple[list[Group], dict[str, float]]:
     """Continues every sample that has not ended; see `generate`.
 
     Args:
+        slot_tokens: room of a sample with its prompt. It fixes the programs: this and the
+            engine are then what is compiled, whatever is asked for. None: made to fit.
         enough: asked after each call of decoding; once true, no more is begun, and the
             samples are returned as far as they have come. It may depend on what
             `on_finish` has seen, but not on time: all processes must agree.
@@ -201,7 +204,7 @@ def sample_groups(
         token, over all steps).
     """
     check_groups(groups, config, stop_ids)
-    shape = program_shape(engine, layout, groups)
+    shape = program_shape(engine, layout, slot_tokens, groups)
     check_fits(groups, shape)
     dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
     start = time.perf_counter()
@@ -228,7 +231,7 @@ def sample_groups(
         if ended and on_finish is not None:
             on_finish(i, j, found[i][j])
 
-    plan = scheduler.Scheduler(shape, _requests(groups, engine.share_prompts), stop_ids)
+    plan = scheduler.Scheduler(shape, _requests(groups, share_prompts), stop_ids)
     programs = Programs(weights, shape, sampling, stop_ids, **model)
     for result in run(plan, programs, enough):
         finish(result, ended=True)
@@ -358,7 +361,10 @@ def _requests(groups: Sequence[Group], share_prompts: bool) -> list[scheduler.Pr
 
 
 def program_shape(
-    engine: Engine, layout: Layout | None, groups: Sequence[Group] = ()
+    engine: Engine,
+    layout: Layout | None,
+    slot_tokens: int | None,
+    groups: Sequence[Group] = (),
 ) -> scheduler.Shape:
     """The sizes of the programs. With `slot_tokens` they are the engine's own; without,
     they fit the groups, in few steps, so that few are ever compiled."""
@@ -370,8 +376,8 @@ def program_shape(
         )
     P, Q = engine.page_tokens, engine.block_tokens
     slots = engine.num_slots // replicas
-    if engine.slot_tokens is not None:
-        slot_pages = -(-engine.slot_tokens // P)
+    if slot_tokens is not None:
+        slot_pages = -(-slot_tokens // P)
     else:
         requests = sum(not g.ended(s) for g in groups for s in g.samples)
         slots = min(slots, _bucket(-(-requests // replicas)))
@@ -509,19 +515,21 @@ class Jitted(NamedTuple):
     decode: Callable[..., Any]
 
 
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """On CPU, XLA may hand single dots to its library of kernels, but nothing around them:
+    with more it splits the work by the size of the batch, and the bits of a sample depend
+    on how many pages its mates have. It is no slower."""
+    if platform != "cpu":
+        return None
+    return {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    }
+
+
 @functools.cache
 def jitted(platform: str) -> Jitted:
-    """jit, applied once, with the cache and the slots donated.
-
-    On CPU, XLA may hand single dots to its library of kernels, but nothing around them:
-    with more it splits the work by the size of the batch, and the bits of a sample depend
-    on how many pages its mates have. It is no slower.
-    """
-    options = None
-    if platform == "cpu":
-        name = "xla_cpu_experimental_ynn_fusion_type"
-        options = {name: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    jit = functools.partial(jax.jit, compiler_options=options)
+    """jit, applied once, with the cache and the slots donated."""
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
     model = ("config", "layout", "dtype")
     return Jitted(
         jit(sampling_copy, static_argnames=(*model, "kernel")),
@@ -536,8 +544,9 @@ def jitted(platform: str) -> Jitted:
     )
 
 
-def lower_programs(
+def trace_programs(
     engine: Engine,
+    slot_tokens: int,
     sampling: Sampling,
     *,
     config: qwen3.Config,
@@ -545,12 +554,12 @@ def lower_programs(
     dtype: jnp.dtype,
     kernel: str,
     platform: str,
-) -> dict[str, jax.stages.Lowered]:
-    """The programs of a run from shapes alone, ready to compile for devices that need not
-    be there.
+) -> dict[str, jax.stages.Traced]:
+    """The programs of a run from shapes alone, ready to be lowered and compiled for devices
+    that need not be there.
 
     Args:
-        engine: with slot_tokens.
+        slot_tokens: see `sample_groups`.
         layout: of training, on the mesh to compile for.
         kernel: see `kv_cache.KERNELS`.
         platform: 'cpu', 'gpu' or 'tpu'.
@@ -559,7 +568,7 @@ def lower_programs(
         'reshard' (of float32 weights), 'prefill', 'copy_pages' and 'decode' (of the most
         pairs of slot and page).
     """
-    shape = program_shape(engine, layout)
+    shape = program_shape(engine, layout, slot_tokens)
     train_layout, layout = layout, layout and sampling_layout(layout)
     model = {"config": config, "layout": layout, "dtype": jnp.dtype(dtype)}
     programs = jitted(platform)
@@ -604,12 +613,12 @@ def lower_programs(
         "key": jax.ShapeDtypeStruct((*RB, 4), jnp.uint32),
     }
     return {
-        "reshard": programs.sampling_copy.lower(params, kernel=kernel, **model),
-        "prefill": programs.prefill.lower(weights, pool, waiting, blocks, **model),
-        "copy_pages": programs.copy_pages.lower(
+        "reshard": programs.sampling_copy.trace(params, kernel=kernel, **model),
+        "prefill": programs.prefill.trace(weights, pool, waiting, blocks, **model),
+        "copy_pages": programs.copy_pages.trace(
             pool, int32(RB), int32(RB), layout=layout
         ),
-        "decode": programs.decode.lower(
+        "decode": programs.decode.trace(
             weights,
             pool,
             slots,

@@ -353,11 +353,10 @@ def test_sampler_programs(name, kernel):
         c = dataclasses.replace(c, model=dataclasses.replace(c.model, num_layers=2))
     s = c.rollout if task == "gppo" else c.evaluation
     layout = make_layout(c)
-    engine = dataclasses.replace(
-        c.sampler, slot_tokens=s.max_prompt_tokens + s.max_new_tokens
-    )
-    programs = sampler.lower_programs(
-        engine,
+    slot_tokens = s.max_prompt_tokens + s.max_new_tokens
+    programs = sampler.trace_programs(
+        c.sampler,
+        slot_tokens,
         s.sampling(),
         config=c.model,
         layout=layout,
@@ -365,7 +364,7 @@ def test_sampler_programs(name, kernel):
         kernel=kernel,
         platform="cpu",
     )
-    shape = sampler.program_shape(engine, layout)
+    shape = sampler.program_shape(c.sampler, layout, slot_tokens)
     assert shape.replicas * shape.slots == c.sampler.num_slots
     # The whole of the longest row, and a page to copy, fits into every replica.
     assert shape.pages > shape.slot_pages

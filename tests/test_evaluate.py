@@ -134,7 +134,8 @@ def test_known_answers_give_known_numbers(calls):
     assert sampled["sampling"] == Sampling(0.6, 0.95, 20, 1.05)
     assert greedy["sampling"] == Sampling(0.0, 0.95, 20, 1.05)
     for call, num_samples in ((sampled, 4), (greedy, 1)):
-        assert call["engine"] == sampler.Engine(num_slots=2, slot_tokens=4 + 8)
+        assert call["engine"] == sampler.Engine(num_slots=2)
+        assert call["slot_tokens"] == 4 + 8
         assert call["stop_ids"] == (1,)
         assert [group.prompt_id for group in call["groups"]] == [0, 1, 2]
         assert {group.limit for group in call["groups"]} == {8}

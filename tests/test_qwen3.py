@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from klear_jax import hf_weights, logprobs, qwen3
-from klear_jax.attention import decode_attention
 from klear_jax.errors import InputError
 
 PARITY = pathlib.Path(__file__).parent / "golden" / "parity"
@@ -146,10 +145,8 @@ def run(params, tokens_BT, segments_BT, weight_BTD, remat=False, dtype=None):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def run_kv(params, tokens_BT, positions_BT, config):
-    return qwen3.forward(
-        params, config, tokens_BT, positions_BT=positions_BT, return_kv=True
-    )
+def run_at(params, tokens_BT, positions_BT, config):
+    return qwen3.forward(params, config, tokens_BT, positions_BT=positions_BT)
 
 
 def rows(layout, seed=0):
@@ -235,9 +232,9 @@ def test_only_distances_count(small):
     tokens, segments, weight = rows({(i, 1): (i, list(range(T))) for i in range(B)})
     moved = np.arange(T) + np.array([[0], [1], [9], [30]])
     want, _ = run(small, tokens, segments, weight)
-    got, _ = run_kv(small, tokens, moved, SMALL)
+    got = run_at(small, tokens, moved, SMALL)
     np.testing.assert_allclose(got, want, atol=1e-5)
-    stretched, _ = run_kv(small, tokens, 2 * moved, SMALL)
+    stretched = run_at(small, tokens, 2 * moved, SMALL)
     assert np.abs(stretched - want).max() > 1e-3
 
 
@@ -255,44 +252,6 @@ def test_ranks_in_segment(segments):
 
 
 # ---- The loops over layers, and precision.
-
-
-@pytest.mark.parametrize("name", ["small", "llama"])
-def test_decode_is_forward(name, request):
-    """Prompts of 1, 4, 9 and 3 tokens, then token by token, each row at its own place."""
-    config, params = (
-        {"small": SMALL, "llama": LLAMA}[name],
-        request.getfixturevalue(name),
-    )
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (B, T))
-    prompt_B = np.array([1, 4, 9, 3])
-    positions = np.tile(np.arange(T), (B, 1))
-    hidden_BTD, (k_LBTKH, v_LBTKH) = run_kv(params, tokens, positions, config)
-    assert k_LBTKH.shape == (2, B, T, config.num_kv_heads, config.head_dim)
-    prompt = (np.arange(T) < prompt_B[:, None])[:, :, None, None]
-    caches = [
-        (
-            jnp.transpose(jnp.where(prompt, k, 1e4), (0, 2, 3, 1)),
-            jnp.transpose(jnp.where(prompt, v, 1e4), (0, 2, 1, 3)),
-        )
-        for k, v in zip(k_LBTKH, v_LBTKH, strict=True)
-    ]
-
-    @jax.jit
-    def step(caches, tokens_B, at_B):
-        def attend(cache, q_B1NH, k_B1KH, v_B1KH):
-            k = cache[0].at[np.arange(B), :, :, at_B].set(k_B1KH[:, 0])
-            v = cache[1].at[np.arange(B), :, at_B].set(v_B1KH[:, 0])
-            return decode_attention(q_B1NH[:, 0], k, v, at_B + 1)[:, None], (k, v)
-
-        attends = [functools.partial(attend, cache) for cache in caches]
-        return qwen3.decode(params, config, tokens_B, at_B, attends)
-
-    for ahead in range(T - prompt_B.min()):
-        at_B = np.minimum(prompt_B + ahead, T - 1)  # A finished row repeats its last.
-        got_BD, caches = step(caches, tokens[np.arange(B), at_B], at_B)
-        want_BD = hidden_BTD[np.arange(B), at_B]
-        np.testing.assert_allclose(got_BD, want_BD, atol=1e-5)
 
 
 def test_remat_changes_no_gradient(small):

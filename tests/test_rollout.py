@@ -99,7 +99,8 @@ def score_length(response, answer):
 def collect(params, groups, pool=None, **other):
     arguments = {
         "sampling": Sampling(),
-        "engine": sampler.Engine(num_slots=4, slot_tokens=16, decode_steps=1),
+        "engine": sampler.Engine(num_slots=4, decode_steps=1),
+        "slot_tokens": 16,
         "stop_strings": (),
     }
     return rollout.collect(
@@ -296,6 +297,7 @@ def test_rows_hold_prompt_response_and_padding():
     advantages = [a / (math.sqrt(4 / 3) + 1e-6) * 2 for a in advantages]
     advantages += [s * 1.5 / (1.5 * math.sqrt(2) + 1e-6) for s in (-1, 1)]
     want = {name: np.zeros((5, T)) for name in rows}
+    want["earlier_logp"][:] = math.nan  # All is still to be scored.
     for row, (b, advantage) in enumerate(zip(chosen, advantages, strict=True)):
         prompt, sample = got.prompts[b], got.samples[b]
         p, n = len(prompt), len(sample.tokens)
@@ -306,7 +308,7 @@ def test_rows_hold_prompt_response_and_padding():
         want["behaviour_logp"][row, p : p + n] = sample.logprobs
         want["positions"][row] = range(T)
     for name, value in rows.items():
-        float32 = name in ("advantage", "behaviour_logp")
+        float32 = name in ("advantage", "behaviour_logp", "earlier_logp")
         assert value.dtype == (np.float32 if float32 else np.int32), name
         if name == "advantage":
             np.testing.assert_allclose(value, want[name], rtol=1e-6)
@@ -407,6 +409,7 @@ def test_sample_metrics():
             "samples/used": 5,
             "samples/groups_used": 2,
             "samples/tokens": 27,
+            "samples/tokens_carried": 0,
             "samples/length": 3,
             "samples/length_max": 6,
             "samples/finished": 5 / 9,
@@ -433,6 +436,7 @@ def test_sample_rows_are_json():
         "group": 0,
         "finished": False,
         "num_tokens": 2,
+        "policy_steps": [0],
         "logprob": -2.125,
     }
     assert written[0]["advantage"] == -written[1]["advantage"]

@@ -206,16 +206,17 @@ def groups_of(prompts, samples=1, limit=N):
     ]
 
 
-def run(params, groups, *, enough=None, stop_ids=(5, 50, 70, 71), **engine):
-    sizes = {"num_slots": 4, "page_tokens": 8, "prefill_tokens": 16, "slot_tokens": 32}
+def run(params, groups, *, share_prompts=True, **engine):
+    sizes = {"num_slots": 4, "page_tokens": 8, "prefill_tokens": 16}
     return sampler.sample_groups(
         params,
         CONFIG,
         groups,
         sampling=Sampling(),
         engine=sampler.Engine(**sizes | engine),
-        stop_ids=stop_ids,
-        enough=enough,
+        slot_tokens=32,
+        share_prompts=share_prompts,
+        stop_ids=(5, 50, 70, 71),
     )
 
 
