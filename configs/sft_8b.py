@@ -86,8 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.temperature = 0.6  # [P]
     c.evaluation.top_p = 0.95  # [P]
     c.evaluation.top_k = 0  # [P] None, 0: all tokens; the authors' script has 20.
-    # [P] None, 1; the authors' script has 1.05.
-    c.evaluation.repetition_penalty = 1.0
+    c.evaluation.repetition_penalty = 1.0  # [P] None, 1; the authors' script has 1.05.
     c.evaluation.greedy = False  # [P] One greedy answer a problem, too.
     c.evaluation.max_prompt_tokens = 4_096  # [ours] As in RL; a longer one is an error.
     c.evaluation.max_new_tokens = 32_768  # [P] Table 1 without 64K.

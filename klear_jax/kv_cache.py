@@ -173,17 +173,30 @@ def _tpu_replica(first_page, rows, q_TNH, k_TKH, v_TKH, kv_APCH):
 
 
 def copy_pages(
-    pool: Pool, source_RW: jax.Array, target_RW: jax.Array, *, layout: Layout | None
+    pool: Pool,
+    source_RW: jax.Array,
+    target_RW: jax.Array,
+    count_R: jax.Array,
+    *,
+    layout: Layout | None,
 ) -> Pool:
-    """Copies whole pages within each replica, all layers; a target beyond the pool is
-    none."""
+    """Copies the first `count` pages of each list within its replica, in all layers.
+
+    Page by page: a gather and a scatter would hold a second pool.
+    """
     num_pages = pool.k[0].shape[1] // (1 if pool.v else pool.num_layers)
 
-    def copy(source_W, target_W, part):
-        first_L1 = jnp.arange(0, part.shape[0], num_pages, dtype=jnp.int32)[:, None]
-        source_LW, target_LW = source_W[None] + first_L1, target_W[None] + first_L1
-        target_LW = jnp.where(target_W[None] < num_pages, target_LW, part.shape[0])
-        return part.at[target_LW].set(part[source_LW], mode="drop")
+    def copy(source_W, target_W, count, part):
+        part_LA = part.reshape(-1, num_pages, *part.shape[1:])
 
-    copy = map_replicas(copy, layout, (("batch",), ("batch",), pool.axes), pool.axes)
-    return jax.tree.map(lambda part: copy(source_RW, target_RW, part), pool)
+        def one(w, part_LA):
+            page_L1 = jax.lax.dynamic_slice_in_dim(part_LA, source_W[w], 1, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(
+                part_LA, page_L1, target_W[w], axis=1
+            )
+
+        return jax.lax.fori_loop(0, count, one, part_LA).reshape(part.shape)
+
+    batch = ("batch",)
+    copy = map_replicas(copy, layout, (batch, batch, batch, pool.axes), pool.axes)
+    return jax.tree.map(lambda part: copy(source_RW, target_RW, count_R, part), pool)

@@ -471,9 +471,10 @@ class Programs:
     def decode(self, batch: scheduler.Decode) -> tuple[jax.Array, jax.Array]:
         """Copies pages, decodes; tokens and log-probs, [S, R, B] each, soon on the host."""
         if any(batch.copies):
-            source_RB, target_RB = self._copies(batch.copies)
             self._pool = self._jitted.copy_pages(
-                self._pool, source_RB, target_RB, layout=self._static["layout"]
+                self._pool,
+                *self._copies(batch.copies),
+                layout=self._static["layout"],
             )
         names = ("table", "limit", "key", "source", "start", "drawn")
         self._pool, self._slots, tokens_SRB, logprobs_SRB = self._jitted.decode(
@@ -493,15 +494,14 @@ class Programs:
         logprobs_SRB.copy_to_host_async()
         return tokens_SRB, logprobs_SRB
 
-    def _copies(self, copies):
-        """As many as slots can begin at once; the rest have no target."""
-        shape = self._shape.replicas, self._shape.slots
-        source_RB = np.zeros(shape, np.int32)
-        target_RB = np.full(shape, self._shape.pages, np.int32)
+    def _copies(self, copies: list[list[tuple[int, int]]]) -> tuple[np.ndarray, ...]:
+        """Room for as many as slots can begin at once, and how many there are."""
+        source_RB = np.zeros((self._shape.replicas, self._shape.slots), np.int32)
+        target_RB = np.zeros_like(source_RB)
         for r, pairs in enumerate(copies):
             for b, (source, target) in enumerate(pairs):
                 source_RB[r, b], target_RB[r, b] = source, target
-        return source_RB, target_RB
+        return source_RB, target_RB, np.array(list(map(len, copies)), np.int32)
 
 
 class Jitted(NamedTuple):
@@ -616,7 +616,7 @@ def trace_programs(
         "reshard": programs.sampling_copy.trace(params, kernel=kernel, **model),
         "prefill": programs.prefill.trace(weights, pool, waiting, blocks, **model),
         "copy_pages": programs.copy_pages.trace(
-            pool, int32(RB), int32(RB), layout=layout
+            pool, int32(RB), int32(RB), int32(RB[:1]), layout=layout
         ),
         "decode": programs.decode.trace(
             weights,

@@ -169,9 +169,12 @@ def test_pages_are_copied_in_every_layer(kernel):
         lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), pool
     )
     one = jax.tree.map(lambda x: x[:1], pool)
-    source, target = np.array([[3, 0, 2]]), np.array([[1, 5, 4]])
-    got = kv_cache.copy_pages(
-        one, jnp.asarray(source), jnp.asarray(target), layout=None
+    source, target = np.array([[3, 2, 0]]), np.array([[1, 4, 2]])
+    got = jax.jit(functools.partial(kv_cache.copy_pages, layout=None))(
+        one,
+        source,
+        target,
+        np.array([2]),  # The third is none.
     )
     for before, after in zip(jax.tree.leaves(one), jax.tree.leaves(got), strict=True):
         before = np.array(before).reshape(-1, 5, *before.shape[2:])
