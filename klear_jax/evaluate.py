@@ -73,6 +73,15 @@ class EvaluationConfig:
             self.temperature, self.top_p, self.top_k, self.repetition_penalty
         )
 
+    def samplings(self) -> list[Sampling]:
+        """All that an evaluation uses: of the n samples, and greedy."""
+        greedy = dataclasses.replace(self.sampling(), temperature=0.0)
+        return [self.sampling()] * bool(self.num_samples) + [greedy] * self.greedy
+
+    @property
+    def row_tokens(self) -> int:
+        return self.max_prompt_tokens + self.max_new_tokens
+
     def due(self, steps_done: int) -> bool:
         return self.every > 0 and steps_done % self.every == 0
 
@@ -126,7 +135,7 @@ def evaluate(
             rewards,
             sampling=sampling,
             engine=engine,
-            slot_tokens=config.max_prompt_tokens + config.max_new_tokens,
+            slot_tokens=config.row_tokens,
             stop_strings=config.stop_strings,
             dtype=dtype,
             layout=layout,
@@ -145,8 +154,7 @@ def evaluate(
         metrics["length"] = float(np.mean([len(s.tokens) for s in rollouts[0].samples]))
         metrics["finished"] = float(np.mean([s.finished for s in rollouts[0].samples]))
     if config.greedy:
-        greedy = dataclasses.replace(config.sampling(), temperature=0.0)
-        metrics |= interval("greedy", correct(1, greedy)[:, 0])
+        metrics |= interval("greedy", correct(1, config.samplings()[-1])[:, 0])
     metrics["accuracy"] = metrics[f"avg@{n}" if n else "greedy"]
     failed = [sum(o.status == "error" for o in r.outcomes) for r in rollouts]
     metrics["scoring_errors"] = sum(failed)

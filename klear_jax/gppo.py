@@ -27,7 +27,7 @@ from klear_jax import (
 from klear_jax.data.batches import prompt_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
-from klear_jax.metrics import Stopwatch, Writer, require_finite
+from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
 
@@ -164,6 +164,7 @@ def run(config: GppoConfig) -> None:
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        Compilations() as compilations,
         pool,
     ):
         first, key = checkpoints.steps_done, jax.random.key(config.seed)
@@ -182,6 +183,7 @@ def run(config: GppoConfig) -> None:
             old_logprobs, jax.jit(score_step(config, layout)), config, layout
         )
         going_on = rollout.from_json(checkpoints.pending())
+        warm_up(state.params, config, tokenizer, layout)
         bar = tqdm.trange(
             first, config.num_steps, desc="GPPO", initial=first, total=config.num_steps
         )
@@ -247,12 +249,38 @@ def run(config: GppoConfig) -> None:
                     values |= evaluate.during_training(
                         state.params, problems, tokenizer, pool, config, layout
                     )
+            compilations.close()  # One step has needed all that there is.
+            values["compilations/unplanned"] = compilations.unplanned
             values |= watch.lap()
             writer.write(step, values)
             writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
             bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
                 checkpoints.save(step + 1, state, prompts, rollout.to_json(going_on))
+
+
+def warm_up(
+    params: qwen3.Params,
+    config: GppoConfig,
+    tokenizer: tokens.Tokenizer,
+    layout: Layout,
+) -> None:
+    """Compiles the sampler's programs, for rollouts and for evaluation."""
+    phases = [(config.rollout.sampling(), config.rollout.row_tokens)]
+    if config.evaluation.every:
+        evaluation = config.evaluation
+        phases += [(how, evaluation.row_tokens) for how in evaluation.samplings()]
+    for sampling, slot_tokens in phases:
+        sampler.warm_up(
+            params,
+            config.model,
+            sampling=sampling,
+            engine=config.sampler,
+            slot_tokens=slot_tokens,
+            stop_ids=tokenizer.stop_ids,
+            dtype=jnp.dtype(config.dtype),
+            layout=layout,
+        )
 
 
 def place(

@@ -1,13 +1,17 @@
 """What a run writes down: metrics as JSON lines and TensorBoard, samples as JSON lines,
-and where the time goes."""
+where the time goes, and what was compiled."""
 
 import contextlib
 import json
+import logging
 import math
+import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.monitoring
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -119,3 +123,68 @@ class Stopwatch:
         seconds["seconds/step"] = now - self._start
         self._start, self._seconds = now, {}
         return seconds
+
+
+class Compilations:
+    """Watches what JAX compiles; a context manager.
+
+    A run declares its programs and compiles them at its start. What is compiled after
+    `close` is a surprise that costs every host minutes: a warning says its name and shapes.
+    """
+
+    def __init__(self):
+        self.planned: dict[str, float] = {}  # Seconds by program, up to `close`.
+        self.unplanned = 0
+        self._closed = False
+        self._shapes = _LastShapes()
+
+    def close(self) -> None:
+        """Everything that will be needed has been compiled."""
+        self._closed = True
+
+    def __enter__(self) -> "Compilations":
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        self._shapes.attach()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._shapes.detach()
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **about: Any) -> None:
+        if event != "/jax/core/compile/backend_compile_duration":
+            return
+        name = about.get("fun_name", "a program")
+        if not self._closed:
+            self.planned[name] = self.planned.get(name, 0.0) + seconds
+            return
+        self.unplanned += 1
+        warnings.warn(
+            f"unplanned compilation of {name} for {self._shapes.last}, {seconds:.1f} s: "
+            "its shapes were not among those compiled at the start",
+            stacklevel=2,
+        )
+
+
+class _LastShapes(logging.Handler):
+    """What JAX's log says of the argument shapes of the program it compiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = "shapes unknown"
+        self._logger = logging.getLogger("jax._src.interpreters.pxla")
+
+    def attach(self) -> None:
+        self._before = self._logger.level, self._logger.propagate
+        self._logger.setLevel(logging.DEBUG)
+        self._logger.propagate = False  # For us alone, not for the screen.
+        self._logger.addHandler(self)
+
+    def detach(self) -> None:
+        self._logger.removeHandler(self)
+        self._logger.level, self._logger.propagate = self._before
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"shapes and types \((.*?)\)\. ", record.getMessage())
+        if found:
+            self.last = re.sub(r"ShapedArray\(([^)]*)\)", r"\1", found[1])[:300]

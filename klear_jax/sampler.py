@@ -206,16 +206,18 @@ def sample_groups(
     check_groups(groups, config, stop_ids)
     shape = program_shape(engine, layout, slot_tokens, groups)
     check_fits(groups, shape)
-    dtype = params["embed"].dtype if dtype is None else jnp.dtype(dtype)
     start = time.perf_counter()
-    layout = layout and sampling_layout(layout)
-    model = {"config": config, "layout": layout, "dtype": dtype}
-    weights = jitted(jax.default_backend()).sampling_copy(
-        params, kernel=default_kernel(), **model
+    programs = Programs(
+        params,
+        shape,
+        sampling,
+        stop_ids,
+        config=config,
+        layout=layout,
+        dtype=dtype,
     )
-    jax.block_until_ready(weights)
     stats = {
-        "reshard_bytes": sum(x.nbytes for x in jax.tree.leaves(weights)),
+        "reshard_bytes": programs.weight_bytes,
         "reshard_seconds": time.perf_counter() - start,
     }
     found = [list(group.samples) for group in groups]
@@ -232,7 +234,6 @@ def sample_groups(
             on_finish(i, j, found[i][j])
 
     plan = scheduler.Scheduler(shape, _requests(groups, share_prompts), stop_ids)
-    programs = Programs(weights, shape, sampling, stop_ids, **model)
     for result in run(plan, programs, enough):
         finish(result, ended=True)
     for result in plan.unfinished():
@@ -244,6 +245,29 @@ def sample_groups(
         dataclasses.replace(group, samples=samples)
         for group, samples in zip(groups, found, strict=True)
     ], stats
+
+
+def warm_up(
+    params: qwen3.Params,
+    config: qwen3.Config,
+    *,
+    sampling: Sampling,
+    engine: Engine,
+    slot_tokens: int,
+    stop_ids: Sequence[int],
+    dtype: jnp.dtype | None = None,
+    layout: Layout | None = None,
+) -> None:
+    """Compiles all programs that `sample_groups` with these arguments will ever use."""
+    Programs(
+        params,
+        program_shape(engine, layout, slot_tokens),
+        sampling,
+        stop_ids,
+        config=config,
+        layout=layout,
+        dtype=dtype,
+    ).warm_up()
 
 
 def run(
@@ -436,32 +460,51 @@ def pair_sizes(shape: scheduler.Shape) -> list[int]:
 
 
 class Programs:
-    """The sampler's programs bound to their weights, and the state they hand on."""
+    """The sampler's programs bound to weights, and the state that they hand on."""
 
     def __init__(
         self,
-        weights: qwen3.Params,
+        params: qwen3.Params,
         shape: scheduler.Shape,
         sampling: Sampling,
         stop_ids: Sequence[int],
         *,
         config: qwen3.Config,
         layout: Layout | None,
-        dtype: jnp.dtype,
+        dtype: jnp.dtype | None,
     ):
-        """Makes the cache and empty slots."""
+        """Makes the sampling copy of the parameters, which stay as they are, an empty
+        cache and empty slots. All of it goes when this object does."""
         self._jitted = jitted(jax.default_backend())
-        self._weights, self._shape = weights, shape
-        kernel = "xla" if isinstance(weights["layers"], tuple) else "tpu"
-        self._static = {"config": config, "layout": layout, "dtype": dtype}
-        self._sampling = sampling
+        self._static = {
+            "config": config,
+            "layout": layout and sampling_layout(layout),
+            "dtype": params["embed"].dtype if dtype is None else jnp.dtype(dtype),
+        }
+        self._shape, self._sampling = shape, sampling
+        kernel = default_kernel()
         self._pair_sizes = pair_sizes(shape) if kernel == "xla" else [0]
         # Padded, so that their number changes no program.
         self._stop_ids = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
         self._stop_ids[: len(stop_ids)] = stop_ids
+        self._weights = jax.block_until_ready(
+            self._jitted.sampling_copy(params, kernel=kernel, **self._static)
+        )
         self._pool, self._slots, self._waiting = self._jitted.init_state(
             shape=shape, kernel=kernel, sampling=sampling, **self._static
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self._weights))
+
+    def warm_up(self) -> None:
+        """Runs every program once, on nothing."""
+        self.prefill(scheduler.empty_prefill(self._shape))
+        idle = scheduler.empty_decode(self._shape)
+        self._copy_pages(idle.copies)
+        for size in self._pair_sizes:
+            self.decode(dataclasses.replace(idle, pairs=size))
 
     def prefill(self, batch: scheduler.Prefill) -> None:
         self._pool, self._waiting = self._jitted.prefill(
@@ -471,11 +514,7 @@ class Programs:
     def decode(self, batch: scheduler.Decode) -> tuple[jax.Array, jax.Array]:
         """Copies pages, decodes; tokens and log-probs, [S, R, B] each, soon on the host."""
         if any(batch.copies):
-            self._pool = self._jitted.copy_pages(
-                self._pool,
-                *self._copies(batch.copies),
-                layout=self._static["layout"],
-            )
+            self._copy_pages(batch.copies)
         names = ("table", "limit", "key", "source", "start", "drawn")
         self._pool, self._slots, tokens_SRB, logprobs_SRB = self._jitted.decode(
             self._weights,
@@ -494,14 +533,17 @@ class Programs:
         logprobs_SRB.copy_to_host_async()
         return tokens_SRB, logprobs_SRB
 
-    def _copies(self, copies: list[list[tuple[int, int]]]) -> tuple[np.ndarray, ...]:
-        """Room for as many as slots can begin at once, and how many there are."""
+    def _copy_pages(self, copies: list[list[tuple[int, int]]]) -> None:
+        """The lists have room for as many as slots can begin at once."""
         source_RB = np.zeros((self._shape.replicas, self._shape.slots), np.int32)
         target_RB = np.zeros_like(source_RB)
         for r, pairs in enumerate(copies):
             for b, (source, target) in enumerate(pairs):
                 source_RB[r, b], target_RB[r, b] = source, target
-        return source_RB, target_RB, np.array(list(map(len, copies)), np.int32)
+        count_R = np.array(list(map(len, copies)), np.int32)
+        self._pool = self._jitted.copy_pages(
+            self._pool, source_RB, target_RB, count_R, layout=self._static["layout"]
+        )
 
 
 class Jitted(NamedTuple):

@@ -130,6 +130,36 @@ class Decode:
     cells: list[tuple[int, int, Slot, int]]  # Replica, slot, sample, its steps.
 
 
+def empty_prefill(shape: Shape) -> Prefill:
+    """No blocks."""
+    R, X = shape.replicas, shape.prefill_blocks
+    return Prefill(
+        tokens=np.zeros((R, X, shape.block_tokens), np.int32),
+        table=np.zeros((R, X, shape.slot_pages), np.int32),
+        start=np.zeros((R, X), np.int32),
+        active=np.zeros((R, X), bool),
+        row=np.full((R, X), shape.waiting, np.int32),
+        last=np.full((R, X), -1, np.int32),
+    )
+
+
+def empty_decode(shape: Shape) -> Decode:
+    """No step of empty slots."""
+    R, B = shape.replicas, shape.slots
+    return Decode(
+        table=np.zeros((R, B, shape.slot_pages), np.int32),
+        limit=np.zeros((R, B), np.int32),
+        key=np.zeros((R, B, 4), np.uint32),
+        source=np.full((R, B), -1, np.int32),
+        start=np.zeros((R, B), np.int32),
+        drawn=np.zeros((R, B), np.int32),
+        steps=0,
+        pairs=0,
+        copies=[[] for _ in range(R)],
+        cells=[],
+    )
+
+
 class _Replica:
     """The pages and slots of one replica, and the prompts that are in it."""
 
@@ -202,16 +232,8 @@ class Scheduler:
 
     def next_prefill(self) -> Prefill | None:
         """The next blocks of prompts to compute, if slots will want them."""
-        s = self.shape
-        R, X, Q = s.replicas, s.prefill_blocks, s.block_tokens
-        batch = Prefill(
-            tokens=np.zeros((R, X, Q), np.int32),
-            table=np.zeros((R, X, s.slot_pages), np.int32),
-            start=np.zeros((R, X), np.int32),
-            active=np.zeros((R, X), bool),
-            row=np.full((R, X), s.waiting, np.int32),
-            last=np.full((R, X), -1, np.int32),
-        )
+        batch = empty_prefill(self.shape)
+        R, X = batch.active.shape
         used = [0] * R
         while True:
             # The emptiest first, a prompt a turn, so that replicas fill evenly.
@@ -277,34 +299,20 @@ class Scheduler:
 
     def next_decode(self) -> Decode | None:
         """The next steps of all slots, old samples grown and new ones begun."""
-        s = self.shape
-        R, B = s.replicas, s.slots
-        for replica in self._replicas:
+        batch = empty_decode(self.shape)
+        for r, replica in enumerate(self._replicas):
             self._grow(replica)
-        source = np.full((R, B), -1, np.int32)
-        copies = [
-            self._admit(replica, source[r]) for r, replica in enumerate(self._replicas)
-        ]
-        active = [slot for replica in self._replicas for slot in replica.active]
-        if not active:
+            batch.copies[r] += self._admit(replica, batch.source[r])
+        left = [slot.to_draw for replica in self._replicas for slot in replica.active]
+        if not left:
             return None
-        batch = Decode(
-            table=np.zeros((R, B, s.slot_pages), np.int32),
-            limit=np.zeros((R, B), np.int32),
-            key=np.zeros((R, B, 4), np.uint32),
-            source=source,
-            start=np.zeros((R, B), np.int32),
-            drawn=np.zeros((R, B), np.int32),
-            steps=min(s.decode_steps, max(slot.to_draw for slot in active)),
-            pairs=0,
-            copies=copies,
-            cells=[],
-        )
-        self.stats["copied_pages"] += sum(map(len, copies))
+        steps = min(self.shape.decode_steps, max(left))
+        batch = dataclasses.replace(batch, steps=steps)
         self._note_peak()
-        pairs = [self._dispatch(batch, r) for r in range(R)]
+        pairs = [self._dispatch(batch, r) for r in range(self.shape.replicas)]
+        self.stats["copied_pages"] += sum(map(len, batch.copies))
         self.stats["decode_calls"] += 1
-        self.stats["decode_steps"] += batch.steps
+        self.stats["decode_steps"] += steps
         return dataclasses.replace(batch, pairs=max(pairs))
 
     def _grow(self, replica: _Replica) -> None:
