@@ -153,7 +153,8 @@ def page_pairs(pages_B: jax.Array, size: int) -> PagePairs:
     """The pairs of slots that use so many pages; `size` at least their sum."""
     end_B = jnp.cumsum(pages_B)
     first_B = end_B - pages_B
-    slot_X = jnp.searchsorted(end_B, jnp.arange(size), side="right")
+    # Counted, which is a vector operation, and not searched, which is a loop.
+    slot_X = jnp.sum(jnp.arange(size)[:, None] >= end_B[None], axis=1)
     # What is left over reads page 0 of the last slot, and nobody reads the result.
     slot_X = jnp.minimum(slot_X, len(pages_B) - 1).astype(jnp.int32)
     order_X = jnp.arange(size, dtype=jnp.int32) - first_B[slot_X]
@@ -177,6 +178,9 @@ def paged_decode_attention(
     B, N, H = q_BNH.shape
     _, K, _, P = k_AKHP.shape
     page_X = table_BM[pairs.slot_X, pairs.order_X]
+    # Through a scatter, which XLA fuses with nothing: on CPU it would compute RoPE within
+    # the gather, for every pair anew (and drops an optimization_barrier before it fuses).
+    q_BNH = jnp.zeros_like(q_BNH).at[jnp.arange(B)].set(q_BNH, unique_indices=True)
     q_XKGH = q_BNH.reshape(B, K, N // K, H)[pairs.slot_X]
     scores_XKGP = _scale(
         jnp.einsum(

@@ -7,8 +7,8 @@ its batch mates, the order of requests or on what was preempted.
 
     groups -> scheduler -> prefill, decode (device) -> scheduler -> samples
 
-The device works on one call while the host prepares the next: `run` reads the results of
-a call only when its successor is under way.
+A device works on one call while the host prepares the next: `run` reads the results of a
+call only when its successor is under way (but on CPU, where host and device are one).
 
 Shape letters: R replicas (shards of the slots over the batch axes of the mesh), B slots of
 a replica, X blocks of Q tokens of a prefill, W waiting states, S steps, M pages of a slot,
@@ -234,7 +234,8 @@ def sample_groups(
             on_finish(i, j, found[i][j])
 
     plan = scheduler.Scheduler(shape, _requests(groups, share_prompts), stop_ids)
-    for result in run(plan, programs, enough):
+    ahead = 0 if jax.default_backend() == "cpu" else 1
+    for result in run(plan, programs, enough, ahead=ahead):
         finish(result, ended=True)
     for result in plan.unfinished():
         finish(result, ended=False)
@@ -274,8 +275,16 @@ def run(
     plan: scheduler.Scheduler,
     programs: "Programs",
     enough: Callable[[], bool] | None = None,
+    *,
+    ahead: int = 1,
 ) -> Iterator[scheduler.Finished]:
-    """Runs the plan; yields samples as they end, while the next steps are under way."""
+    """Runs the plan; yields samples as they end, while the next steps are under way.
+
+    Args:
+        enough: see `sample_groups`.
+        ahead: calls that are dispatched before the host reads the one in front of them:
+            1 keeps a device busy that is not the host; 0 hears of stop tokens sooner.
+    """
     under_way: collections.deque[tuple[scheduler.Decode, Any, Any]] = (
         collections.deque()
     )
@@ -291,8 +300,7 @@ def run(
             batch = plan.next_decode()
         if batch is not None:
             under_way.append((batch, *programs.decode(batch)))
-        # One call is always under way while the host reads the one before.
-        if under_way and (batch is None or len(under_way) > 1):
+        if under_way and (batch is None or len(under_way) > ahead):
             batch, tokens_SRB, logprobs_SRB = under_way.popleft()
             yield from plan.read(
                 batch, np.asarray(tokens_SRB), np.asarray(logprobs_SRB)

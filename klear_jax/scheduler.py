@@ -241,7 +241,8 @@ class Scheduler:
             for r in order:
                 replica = self._replicas[r]
                 if used[r] < X and (
-                    replica.prefilling is not None or self._start_prompt(replica)
+                    replica.prefilling is not None
+                    or self._start_prompt(replica, filling_up=used[r] > 0)
                 ):
                     used[r] = self._add_blocks(batch, r, used[r])
                     break
@@ -256,10 +257,13 @@ class Scheduler:
     def _load(self, replica: _Replica) -> int:
         return len(replica.active) + replica.waiting_requests
 
-    def _start_prompt(self, replica: _Replica) -> bool:
-        """Takes the next prompt of the queue, if its samples will soon have slots."""
+    def _start_prompt(self, replica: _Replica, filling_up: bool) -> bool:
+        """Takes the next prompt of the queue, if its samples will soon have slots, or if
+        a prefill that must be has room for it."""
         ending = [s for s in replica.active if s.to_draw <= self.shape.decode_steps]
         wanted = replica.slots.count(None) + len(ending)
+        if filling_up:
+            wanted = self.shape.slots
         if not self._queue or not replica.rows or replica.waiting_requests >= wanted:
             return False
         prompt = self._queue[0]

@@ -134,13 +134,13 @@ def workloads(draw):
 
 
 @hypothesis.settings(max_examples=400)
-@hypothesis.given(workloads())
-def test_every_sample_comes_once_and_is_its_own(workload):
+@hypothesis.given(workloads(), st.integers(0, 2))
+def test_every_sample_comes_once_and_is_its_own(workload, ahead):
     shape, prompts = workload
     want = {r.name: whole(p, r) for p in prompts for r in p.requests}
     plan = Scheduler(shape, prompts, [STOP])
     got = {}
-    for result in sampler.run(plan, Machine(shape)):
+    for result in sampler.run(plan, Machine(shape), ahead=ahead):
         assert result.request.name not in got
         got[result.request.name] = result.tokens, result.stopped
         assert (result.logprobs == -np.array(result.tokens)).all()
