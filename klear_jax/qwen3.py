@@ -394,7 +394,7 @@ def decode(
     params: Params,
     config: Config,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
     attend: Callable[..., tuple[jax.Array, Any]],
     cache: Any,
     *,
@@ -407,6 +407,7 @@ def decode(
         params: with the layers stacked, which are then walked by a loop that carries the
             cache; or unstacked by `unstack_layers`, then unrolled: on CPU a loop would
             copy the cache, and slice every weight, at every step.
+        rope: from `rope_angles`, of the tokens' positions.
         attend: called with (layer index, cache, q_BTNH, k_BTKH, v_BTKH), returns out_BTNH
             and the cache.
 
@@ -414,7 +415,6 @@ def decode(
         hidden_BTD after the final norm, and the cache.
     """
     x_BTD = embed(params, tokens_BT, dtype, layout)
-    rope = rope_angles(config, positions_BT)
 
     def one(i, carry, weights):
         x_BTD, cache = carry

@@ -762,11 +762,12 @@ def prefill(
     R, X, Q = tokens_RXQ.shape
     rows = kv_cache.Rows(batch["table"], batch["start"], batch["active"], pairs=None)
     position_RXQ = batch["start"][..., None] + jnp.arange(Q)[None, None]
+    rope = _rope_table(config, rows.table, pool)
     hidden_RTD, pool = qwen3.decode(
         params,
         config,
         tokens_RXQ.reshape(R, X * Q),
-        position_RXQ.reshape(R, X * Q),
+        [part[position_RXQ.reshape(R, X * Q)] for part in rope],
         functools.partial(_attend, rows, layout),
         pool,
         layout=layout,
@@ -790,6 +791,14 @@ def prefill(
             tokens_RXQ,
         ].set(True, mode="drop")
     return _place(pool, layout), _batch(States(hidden, seen), layout)
+
+
+def _rope_table(config, table_RBM, pool):
+    """cos and sin at every position of a slot, [M x P, H/2] each, to be looked up: XLA on
+    CPU would compute them within every use, in every layer."""
+    page_tokens = pool.k[0].shape[-1 if pool.v else 2]
+    positions_1T = jnp.arange(table_RBM.shape[-1] * page_tokens)[None]
+    return [part_1TH[0] for part_1TH in qwen3.rope_angles(config, positions_1T)]
 
 
 def _attend(rows, layout, layer, pool, q, k, v):
@@ -825,6 +834,7 @@ def decode(
     slots = _begin(slots, waiting, batch)
     limit_RB, table_RBM = batch["limit"], batch["table"]
     key_RB = _sample_keys(batch["key"])
+    rope = _rope_table(config, table_RBM, pool)
     pairs = None
     if num_pairs:
         P = pool.k[0].shape[-1]
@@ -847,7 +857,7 @@ def decode(
             params,
             config,
             token_RB,
-            slots.length_RB,
+            [part[slots.length_RB] for part in rope],
             functools.partial(_attend, rows, layout),
             pool,
             layout=layout,

@@ -84,7 +84,8 @@ def paged_hidden(config, kernel, tokens):
     @jax.jit
     def run(pool, tokens_RT, positions_RT, rows):
         attend = functools.partial(sampler._attend, rows, None)
-        return qwen3.decode(params, config, tokens_RT, positions_RT, attend, pool)
+        rope = qwen3.rope_angles(config, positions_RT)
+        return qwen3.decode(params, config, tokens_RT, rope, attend, pool)
 
     for start in range(0, LENGTHS.max(), BLOCK):
         block = start + np.arange(BLOCK)[None]
