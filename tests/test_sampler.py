@@ -46,8 +46,7 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def params():
+def make_params():
     rng = np.random.default_rng(0)
 
     def init(param):
@@ -57,6 +56,11 @@ def params():
     params = jax.tree.map(init, qwen3.param_table(CONFIG))
     params["lm_head"] *= 2  # Half the entropy of a flat distribution, about.
     return params
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
 
 
 def tokens_of(groups):
