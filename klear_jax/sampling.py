@@ -51,8 +51,9 @@ def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Ar
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
-def choose(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws a token from each row of float32 logits, [B] int32, without sorting."""
+def choose(logits_BV: jax.Array, uniform_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws a token from each row of float32 logits, [B] int32, without sorting; uniform
+    numbers in [0, 1) decide."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # The maximum goes first, so that no temperature makes inf - inf. Unnormalised.
@@ -67,7 +68,6 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Ar
         prob_BV = _keep_largest(
             prob_BV, lambda keep_BV: jnp.sum(prob_BV, axis=-1, where=keep_BV) >= need_B
         )
-    uniform_B = jax.vmap(jax.random.uniform)(key_B)
     return _invert_cdf(prob_BV, uniform_B)
 
 

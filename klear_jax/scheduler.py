@@ -472,10 +472,10 @@ class Scheduler:
             yield from replica.prompts
 
     @property
-    def half_full(self) -> bool:
-        """Half of all slots have a sample, or one that may begin."""
+    def nearly_full(self) -> bool:
+        """Fifteen of sixteen slots have a sample, or one that may begin."""
         found = sum(map(self._load, self._replicas))
-        return 2 * found >= self.shape.replicas * self.shape.slots
+        return 16 * found >= 15 * self.shape.replicas * self.shape.slots
 
     @property
     def pages_in_use(self) -> list[int]:

@@ -14,7 +14,7 @@ from jax._src import literals
 from jax.experimental import pallas
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as library
 
-from klear_jax import attention, kv_cache, qwen3, sampler, scheduler
+from klear_jax import attention, decoding, kv_cache, qwen3, scheduler
 
 SMALL = qwen3.Config(
     vocab_size=67,
@@ -83,7 +83,7 @@ def paged_hidden(config, kernel, tokens):
 
     @jax.jit
     def run(pool, tokens_RT, positions_RT, rows):
-        attend = functools.partial(sampler._attend, rows, None)
+        attend = functools.partial(decoding._attend, rows, None)
         rope = qwen3.rope_angles(config, positions_RT)
         return qwen3.decode(params, config, tokens_RT, rope, attend, pool)
 
@@ -200,7 +200,7 @@ def test_a_slot_has_the_same_bits_whatever_the_others_hold(data):
     v = rng.normal(size=(A, K, P, H)).astype(np.float32)
     table = rng.permutation(A)[: slots * M].reshape(slots, M).astype(np.int32)
     used = -(-lengths // P)
-    sizes = sampler.pair_sizes(scheduler.Shape(1, slots, A, P, M, 1, 8, 8))
+    sizes = decoding.pair_sizes(scheduler.Shape(1, slots, A, P, M, 1, 8, 8))
 
     def run(order, size):
         return np.asarray(
@@ -221,7 +221,7 @@ def test_a_slot_has_the_same_bits_whatever_the_others_hold(data):
 
 
 @functools.partial(
-    jax.jit, static_argnums=6, compiler_options=sampler.compiler_options("cpu")
+    jax.jit, static_argnums=6, compiler_options=decoding.compiler_options("cpu")
 )
 def decode_attention(q, k, v, table, lengths, used, size):
     pairs = attention.page_pairs(used, size)

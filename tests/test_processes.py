@@ -28,10 +28,14 @@ def test_two_processes_draw_what_one_does():
         for index in range(2)
     ]
     results = []
-    for worker in workers:
-        out, err = worker.communicate(timeout=300)
-        assert worker.returncode == 0, err[-3000:]
-        results.append(json.loads(out.splitlines()[-1]))
+    try:
+        for worker in workers:
+            out, err = worker.communicate(timeout=300)
+            assert worker.returncode == 0, err[-3000:]
+            results.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for worker in workers:
+            worker.kill()
     # The same samples, bit for bit, in the same order: the same decisions.
     assert results[0] == results[1]
     want = sampler.generate(

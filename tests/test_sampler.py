@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klear_jax import logprobs, qwen3, sampler, scheduler, sharding
+from klear_jax import decoding, logprobs, qwen3, sampler, scheduler, sharding
 from klear_jax.errors import InputError
 from klear_jax.sampling import Sampling
 
@@ -363,7 +363,7 @@ def test_samples_are_handed_out_once_as_they_end(params, num_slots):
 
 def test_one_bucket_is_compiled_once(params):
     def compiled():
-        return [program._cache_size() for program in sampler.jitted("cpu")]
+        return [program._cache_size() for program in decoding.jitted("cpu")]
 
     def go(prompts, **other):
         return sampler.generate(params, CONFIG, prompts, **SAMPLED | other)
@@ -406,7 +406,7 @@ def test_eight_devices_give_the_same_samples(params, sampled, temperature, told)
 def test_on_a_mesh_cache_and_slots_are_split(params):
     layout = sharding.sampling_layout(layout_of(2, 2, 2))
     shape = scheduler.Shape(4, 2, 5, 8, 4, 2, 8, 3)
-    pool, slots, _ = sampler.jitted("cpu").init_state(
+    pool, slots, _ = decoding.jitted("cpu").init_state(
         config=CONFIG,
         sampling=Sampling(),
         shape=shape,

@@ -230,15 +230,15 @@ def test_slots_are_refilled_without_a_lost_step_where_limits_are_known():
     assert plan.stats["slot_steps"] == sum(limits)
 
 
-def test_decoding_waits_for_one_prefill_at_most():
-    # Long prompts arrive while others decode.
-    prompts = prompts_of([2, 2, 20, 20, 20], [1] * 5, [30, 30, 4, 4, 4], 0)
-    _, machine, _ = run(small(), prompts)
+def test_decoding_waits_for_one_prefill_at_most_once_the_slots_are_filled():
+    # A prefill has room for two short prompts, or for a fifth of a long one.
+    shape = small(slots=16, pages=200, slot_pages=15)
+    prompts = prompts_of([2] * 15 + [20] * 3, [1] * 18, [40] * 15 + [4] * 3, 0)
+    _, machine, order = run(shape, prompts)
     text = "".join(call[0] for call in machine.calls)
-    # The first two draw 30 tokens in 8 calls; with half of the slots empty after that,
-    # filling them comes first.
-    assert text.startswith("pd" * 7)
-    assert "ppp" in text[16:]
+    # 7.5 prefills fill 15 slots; the last has begun the first long prompt.
+    assert text.startswith("p" * 8 + "d" + "pd" * 7)
+    assert order[0] == (15, 0)  # Long before the others end.
 
 
 def test_without_pages_the_youngest_wait_and_the_oldest_go_on():

@@ -9,14 +9,13 @@ compiler does not count; the weights and these pages are what must be read.
 """
 
 import argparse
-import dataclasses
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from klear_jax import aot, qwen3, sampler, sharding
+from klear_jax import aot, decoding, qwen3, sampler, sharding
 from klear_jax.sampling import Sampling
 
 GIB = 2**30
@@ -30,9 +29,8 @@ RULES = {
 
 
 def programs(config, engine, layout):
-    return sampler.trace_programs(
-        engine,
-        ROW,
+    return decoding.trace_programs(
+        sampler.program_shape(engine, layout, ROW, kernel="tpu"),
         Sampling(),
         config=config,
         layout=layout,
@@ -43,18 +41,17 @@ def programs(config, engine, layout):
 
 
 def layer_bytes(config, engine, layout, once):
-    """What the compiler counts for one layer: the loop with its body twice, less once."""
+    """What the compiler counts for one layer: its loop with the body twice, less once."""
     loop = jax.lax.fori_loop
-    twice = dataclasses.replace(config, num_layers=config.num_layers)
 
     def unrolled(low, high, body, carry):
-        unroll = 2 if isinstance(high, int) and high == config.num_layers else None
-        return loop(low, high, body, carry, unroll=unroll)
+        over_layers = isinstance(high, int) and high == config.num_layers
+        return loop(low, high, body, carry, unroll=2 if over_layers else None)
 
     jax.lax.fori_loop = unrolled
     try:
         jax.clear_caches()
-        compiled = programs(twice, engine, layout)["decode"].lower().compile()
+        compiled = programs(config, engine, layout)["decode"].lower().compile()
     finally:
         jax.lax.fori_loop = loop
     return compiled.cost_analysis()["bytes accessed"] - once

@@ -12,8 +12,8 @@ Workloads (token ids are random; lengths are fixed by a seed, so all do the same
     uniform   64 prompts of 32 tokens, 128 new tokens each
     ragged    256 prompts of 32 tokens, 16 to 512 new tokens (log-normal, median 64), 32 at
               a time
-    groups    8 prompts of 512 tokens, 8 samples each, 64 new tokens; klear alone, with the
-              prompt computed once a group ("groups") and once a sample ("apart")
+    groups    8 prompts of 512 tokens, 8 samples each, 64 new tokens; klear alone, against
+              itself computing the prompt for every sample ("apart")
 """
 
 import argparse
@@ -34,7 +34,12 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-WORKLOADS = ("uniform", "ragged", "groups", "apart")
+# Who can do what: the others wait for their slowest row, or have no groups.
+WORKLOADS = {
+    "uniform": ("klear", "hf", "vllm", "tunix"),
+    "ragged": ("klear", "hf", "vllm"),
+    "groups": ("klear", "apart"),
+}
 
 
 def requests(workload, vocab):
@@ -213,13 +218,6 @@ def tunix(model):
 
 
 ENGINES = {"klear": klear, "hf": hf, "vllm": vllm, "tunix": tunix}
-# What each can do: the others wait for their slowest row, or have no groups.
-DOES = {
-    "klear": WORKLOADS,
-    "hf": ("uniform", "ragged"),
-    "vllm": ("uniform", "ragged"),
-    "tunix": ("uniform",),
-}
 
 
 def serve(engine, model):
@@ -266,12 +264,14 @@ def main():
         }
 
         def ask(name, workload):
+            if name == "apart":
+                name, workload = "klear", "apart"
             workers[name].stdin.write(workload + "\n")
             workers[name].stdin.flush()
             return float(workers[name].stdout.readline())
 
         for workload in args.workloads.split(","):
-            names = [name for name in workers if workload in DOES[name]]
+            names = [n for n in WORKLOADS[workload] if n in workers or n == "apart"]
             for name in names:  # Loads and compiles.
                 ask(name, workload)
             rounds = []

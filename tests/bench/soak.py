@@ -15,11 +15,10 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klear_jax import hf_weights, sampler, scheduler
+from klear_jax import decoding, hf_weights, sampler, scheduler
 from klear_jax.metrics import Compilations
 from klear_jax.sampling import Sampling
 
@@ -72,7 +71,7 @@ def main():
     )
     seen, marks, start = set(), [], time.perf_counter()
     with Compilations() as compilations:
-        programs = sampler.Programs(
+        programs = decoding.Programs(
             params, shape, Sampling(), (1, 2), config=config, layout=None, dtype=None
         )
         programs.warm_up()
@@ -85,7 +84,6 @@ def main():
             seen.add(result.request.name)
             if len(seen) in (args.requests // 10, args.requests // 2, args.requests):
                 marks.append(f"{resident_mib():.0f}")
-    jax.block_until_ready(programs)
     assert seen == set(range(args.requests))
     assert plan.pages_in_use == [0]
     assert plan.unfinished() == []

@@ -1,0 +1,74 @@
+"""What a run writes, and what it says about compilations."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
+
+
+def lines(workdir):
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_resumed_run_writes_its_steps_again(tmp_path):
+    with Writer(tmp_path, next_step=0) as writer:
+        for step in range(4):
+            writer.write(step, {"loss": 0.5 * step})
+            writer.write_samples(step, [{"response": "é", "step": step}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # Killed as it wrote.
+    with Writer(tmp_path, next_step=2) as writer:
+        writer.write(2, {"loss": np.float32(7), "gap": float("nan")})
+    assert list(map(json.loads, lines(tmp_path))) == [
+        {"step": 0, "loss": 0.0},
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 7.0, "gap": None},
+    ]
+    files = sorted((tmp_path / "rollouts").iterdir())
+    assert [file.name for file in files] == ["step_000000.jsonl", "step_000001.jsonl"]
+    assert files[1].read_text() == '{"response": "é", "step": 1}\n'
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_loss_that_is_no_number_stops_the_run_with_its_batch(tmp_path, name):
+    values = {"loss": 1.0, "grad_norm": 2.0}
+    batch = {"tokens": np.arange(6).reshape(2, 3)}
+    require_finite(values, batch, tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FloatingPointError, match=r"step 3: .*not_finite_step_000003"):
+        require_finite(values | {name: float("inf")}, batch, tmp_path, 3)
+    with np.load(tmp_path / "not_finite_step_000003.npz") as saved:
+        np.testing.assert_array_equal(saved["tokens"], batch["tokens"])
+
+
+def test_seconds_add_up_by_phase(monkeypatch):
+    now = iter([0, 1, 3, 4, 5, 7, 7, 9])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    for name in ("sample", "sample"):
+        with watch.phase(name):
+            pass
+    assert watch.lap() == {"seconds/sample": 3, "seconds/step": 7}
+    assert watch.lap() == {"seconds/step": 0}
+
+
+def test_what_is_compiled_after_the_start_is_a_warning_with_its_shapes():
+    @jax.jit
+    def double(x):
+        return 2 * x
+
+    with Compilations() as compilations:
+        double(np.ones((3, 5), np.float32))
+        compilations.close()
+        double(np.zeros((3, 5), np.float32))
+        assert compilations.unplanned == 0
+        assert any("double" in name for name in compilations.planned)
+        with pytest.warns(UserWarning, match=r"double for .*float32\[3,7\].*not among"):
+            double(np.ones((3, 7), np.float32))
+        assert compilations.unplanned == 1
+    double(jnp.ones((3, 9)))  # Nobody watches any more.
+    assert compilations.unplanned == 1
