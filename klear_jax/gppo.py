@@ -256,7 +256,10 @@ def run(config: GppoConfig) -> None:
             writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
             bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
-                checkpoints.save(step + 1, state, prompts, rollout.to_json(going_on))
+                with compilations.open_again():  # orbax cuts what is replicated.
+                    checkpoints.save(
+                        step + 1, state, prompts, rollout.to_json(going_on)
+                    )
 
 
 def warm_up(

@@ -142,6 +142,15 @@ class Compilations:
         """Everything that will be needed has been compiled."""
         self._closed = True
 
+    @contextlib.contextmanager
+    def open_again(self) -> Iterator[None]:
+        """For what compiles small programs of its own, when it first has something to do."""
+        closed, self._closed = self._closed, False
+        try:
+            yield
+        finally:
+            self._closed = closed
+
     def __enter__(self) -> "Compilations":
         jax.monitoring.register_event_duration_secs_listener(self._heard)
         self._shapes.attach()
@@ -187,4 +196,5 @@ class _LastShapes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         found = re.search(r"shapes and types \((.*?)\)\. ", record.getMessage())
         if found:
-            self.last = re.sub(r"ShapedArray\(([^)]*)\)", r"\1", found[1])[:300]
+            shapes = re.sub(r"ShapedArray\(([^)]*)\)", r"\1", found[1])
+            self.last = shapes.rstrip(",")[:300] or "no arguments"

@@ -128,15 +128,20 @@ def sft_run(data, tmp_path_factory):
     return workdir, config
 
 
-@pytest.fixture(scope="module")
-def gppo_run(data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("gppo") / "run"
+def small_gppo(data):
     config = small(gppo_tiny.get_config(), data)
     config.init_from = ""
     config.rollout.prompts = config.rollout.max_groups = 8
     config.rollout.filter = "none"  # An untrained model is never right.
     config.minibatch_prompts, config.micro_rows = 4, 32
     config.rollout.max_new_tokens = config.evaluation.max_new_tokens = 12
+    return config
+
+
+@pytest.fixture(scope="module")
+def gppo_run(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("gppo") / "run"
+    config = small_gppo(data)
     start(config, workdir)
     return workdir, config
 
@@ -166,6 +171,31 @@ def test_gppo_killed_and_resumed_equals_undisturbed(gppo_run, tmp_path, monkeypa
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(workdir, tmp_path / "run")
+
+
+def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
+    """Phases end when half of their groups are complete; the others go on in the next,
+    also when the process that began them was killed."""
+    config = small_gppo(data)
+    config.rollout.finish_fraction = 0.5
+    config.rollout.prompts, config.rollout.max_groups = 16, 24
+    # 3 slots on each of the 8 devices: a group of 8 ends beside a sample of the next.
+    config.sampler.num_slots, config.sampler.decode_steps = 24, 4
+    start(config, tmp_path / "whole")
+    start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
+    start(config, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert lines[2]["samples/groups_going_on"] > 0  # In the checkpoint before the kill.
+    assert all(line["samples/tokens_carried"] > 0 for line in lines[1:])
+    groups = [line["samples/groups_used"] for line in lines]
+    assert sum(groups) + lines[-1]["samples/groups_going_on"] == 6 * 16
+    for line in lines[1:]:
+        samples = read_lines(
+            tmp_path / "run" / "rollouts" / f"step_{line['step']:06d}.jsonl"
+        )
+        steps = {step for sample in samples for step in sample["policy_steps"]}
+        assert steps == {line["step"] - 1, line["step"]}
 
 
 def test_gppo_samples_and_metrics_agree(gppo_run):
