@@ -18,8 +18,9 @@ KlearReasoner-MathSub-30K, whose reward_model.ground_truth is our `answer`.
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_math.sh and what it calls; [ours].
 
-Its programs were compiled for 8 devices of a CPU, and tests/test_configs.py traces them;
-it was never run on a pod.
+Its programs were compiled for 8 devices of a CPU, those of the sampler also for pods of
+v5p and v6e (tests/bench/RESULTS.md); tests/test_configs.py traces them. It was never run on
+a pod.
 """
 
 import ml_collections

@@ -179,8 +179,22 @@ def run(config: GppoConfig) -> None:
             layout=layout,
         )
         update = steps.compile_train_step(train_step(config, layout), layout, shardings)
-        score_rows = functools.partial(
+        score = functools.partial(
             old_logprobs, jax.jit(score_step(config, layout)), config, layout
+        )
+        collect = functools.partial(
+            rollout.collect,
+            model=config.model,
+            tokenizer=tokenizer,
+            pool=pool,
+            rewards=config.rewards,
+            sampling=config.rollout.sampling(),
+            engine=config.sampler,
+            slot_tokens=config.rollout.row_tokens,
+            stop_strings=config.rollout.stop_strings,
+            finish_fraction=config.rollout.finish_fraction,
+            dtype=jnp.dtype(config.dtype),
+            layout=layout,
         )
         going_on = rollout.from_json(checkpoints.pending())
         warm_up(state.params, config, tokenizer, layout)
@@ -190,76 +204,63 @@ def run(config: GppoConfig) -> None:
         watch = Stopwatch()
         for step in bar:
             with watch.phase("sample"):
-                new = rollout.open_groups(
+                groups = going_on + rollout.open_groups(
                     next(prompts),
                     num_samples=config.rollout.samples_per_prompt,
                     max_new_tokens=config.rollout.max_new_tokens,
                     key=jax.random.fold_in(key, step),
                 )
-                samples, going_on, counts = rollout.collect(
-                    state.params,
-                    config.model,
-                    going_on + new,
-                    tokenizer,
-                    pool,
-                    config.rewards,
-                    sampling=config.rollout.sampling(),
-                    engine=config.sampler,
-                    slot_tokens=config.rollout.row_tokens,
-                    stop_strings=config.rollout.stop_strings,
-                    step=step,
-                    finish_fraction=config.rollout.finish_fraction,
-                    dtype=jnp.dtype(config.dtype),
-                    layout=layout,
+                samples, going_on, counts = collect(
+                    state.params, groups=groups, step=step
                 )
                 chosen = rollout.select(samples, config.rollout, full_credit)
                 rows = rollout.make_rows(samples, chosen, config.rollout)
             with watch.phase("score"):
-                rows["old_logp"] = score_rows(state.params, rows)
+                policy = functools.partial(score, state.params)
+                rows["old_logp"] = policy(rows)
                 going_on = rollout.score_open(
-                    going_on,
-                    functools.partial(score_rows, state.params),
-                    config.rollout.row_tokens,
+                    going_on, policy, config.rollout.row_tokens
                 )
             with watch.phase("update"):
                 rate = optim.learning_rate(config.optim, step, config.num_steps)
-                found = []
-                for mini in rollout.mini_batches(
+                minis = rollout.mini_batches(
                     rows,
                     samples.group_B[chosen],
                     samples.reward_B[chosen] == full_credit,
                     prompts=config.minibatch_prompts,
                     aggregation=config.loss.aggregation,
-                ):
+                )
+                found = []
+                for mini in minis:
                     batch, count = place(mini, config.minibatch_prompts, config, layout)
                     state, metrics = update(state, batch, count, rate)
                     found.append(metrics)
                 found = jax.device_get(found)
             for metrics in found:
                 require_finite(metrics, rows, config.workdir, step)
-            values = rollout.sample_metrics(samples, chosen, full_credit, step)
-            values |= (
-                update_metrics(found) | logprob_gap(rows) | {"learning_rate": rate}
-            )
-            values["seconds/reshard"] = counts.pop("reshard_seconds")
-            values |= {f"sampler/{name}": value for name, value in counts.items()}
-            values["samples/groups_going_on"] = len(going_on)
+            values = {
+                **rollout.sample_metrics(samples, chosen, full_credit, step),
+                **update_metrics(found),
+                **logprob_gap(rows),
+                **sampler_metrics(counts),
+                "samples/groups_going_on": len(going_on),
+                "learning_rate": rate,
+            }
             if config.evaluation.due(step + 1):
                 with watch.phase("evaluate"):
                     values |= evaluate.during_training(
                         state.params, problems, tokenizer, pool, config, layout
                     )
-            compilations.close()  # One step has needed all that there is.
+            if found:  # A step with an update has needed all programs that there are.
+                compilations.close()
             values["compilations/unplanned"] = compilations.unplanned
-            values |= watch.lap()
-            writer.write(step, values)
+            writer.write(step, values | watch.lap())
             writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
             bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
+                pending = rollout.to_json(going_on)
                 with compilations.open_again():  # orbax cuts what is replicated.
-                    checkpoints.save(
-                        step + 1, state, prompts, rollout.to_json(going_on)
-                    )
+                    checkpoints.save(step + 1, state, prompts, pending)
 
 
 def warm_up(
@@ -326,6 +327,12 @@ def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:
         "logprob_gap/mean": float(gap.mean()) if gap.size else 0.0,
         "logprob_gap/max": float(gap.max()) if gap.size else 0.0,
     }
+
+
+def sampler_metrics(counts: dict[str, float]) -> dict[str, float]:
+    """The counts of `sampler.sample_groups`, by the names of metrics."""
+    names = {"reshard_seconds": "seconds/reshard"}
+    return {names.get(name, f"sampler/{name}"): x for name, x in counts.items()}
 
 
 def update_metrics(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
