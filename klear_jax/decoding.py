@@ -515,7 +515,7 @@ def _uniform_numbers(key_RB4: jax.Array, count_RB: jax.Array, steps: int) -> jax
     run or the step, the prompt, the sample, and the place in the response."""
 
     def one(key_4, count):
-        key = jax.random.wrap_key_data(key_4[:2])
+        key = jax.random.wrap_key_data(key_4[:2], impl="threefry2x32")
         for part in (key_4[2], key_4[3], count):
             key = jax.random.fold_in(key, part)
         return jax.random.uniform(key)

@@ -28,6 +28,7 @@ from klear_jax.data.batches import prompt_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
+from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
 
@@ -147,6 +148,8 @@ def run(config: GppoConfig) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands."""
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
+    for _, row_tokens in sampler_uses(config):
+        sampler.check_engine(config.sampler, layout, row_tokens)
     tokenizer = tokens.load(config.tokenizer)
     tokens.check_fits(tokenizer, config.model.vocab_size)
     prompts = prompt_batches(
@@ -263,24 +266,29 @@ def run(config: GppoConfig) -> None:
                     checkpoints.save(step + 1, state, prompts, pending)
 
 
+def sampler_uses(config: GppoConfig) -> list[tuple[Sampling, int]]:
+    """How a run samples, and up to how many tokens a row: rollouts, and evaluations."""
+    uses = [(config.rollout.sampling(), config.rollout.row_tokens)]
+    evaluation = config.evaluation
+    if evaluation.every:
+        uses += [(how, evaluation.row_tokens) for how in evaluation.samplings()]
+    return uses
+
+
 def warm_up(
     params: qwen3.Params,
     config: GppoConfig,
     tokenizer: tokens.Tokenizer,
     layout: Layout,
 ) -> None:
-    """Compiles the sampler's programs, for rollouts and for evaluation."""
-    phases = [(config.rollout.sampling(), config.rollout.row_tokens)]
-    if config.evaluation.every:
-        evaluation = config.evaluation
-        phases += [(how, evaluation.row_tokens) for how in evaluation.samplings()]
-    for sampling, slot_tokens in phases:
+    """Compiles all programs of the sampler."""
+    for sampling, row_tokens in sampler_uses(config):
         sampler.warm_up(
             params,
             config.model,
             sampling=sampling,
             engine=config.sampler,
-            slot_tokens=slot_tokens,
+            slot_tokens=row_tokens,
             stop_ids=tokenizer.stop_ids,
             dtype=jnp.dtype(config.dtype),
             layout=layout,

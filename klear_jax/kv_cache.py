@@ -168,7 +168,9 @@ def _tpu_replica(first_page, rows, q_TNH, k_TKH, v_TKH, kv_APCH):
     kv_rows = kv_APCH.reshape(A * P, C, H)
     kv_rows = kv_rows.at[row_BQ.reshape(-1)].set(kv_TCH, mode="drop")
     kv_APCH = kv_rows.reshape(kv_APCH.shape)
-    out_BQNH = paged_attention_tpu(q_BQNH, kv_APCH, rows.table + first_page, rows.start)
+    # What is inactive would read its whole past, for nothing.
+    start_B = jnp.where(rows.active, rows.start, 0)
+    out_BQNH = paged_attention_tpu(q_BQNH, kv_APCH, rows.table + first_page, start_B)
     return out_BQNH.reshape(q_TNH.shape), kv_APCH
 
 

@@ -4,6 +4,7 @@ Shape letters: B samples of a step, T tokens of a row (prompt and response).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -175,7 +176,8 @@ def collect(
 
     Args:
         groups: to draw, those carried from an earlier step first.
-        stop_strings: text that ends a response, beside the tokenizer's stop ids.
+        stop_strings: text that ends a response, beside the tokenizer's stop ids. The sampler,
+            which knows no text, goes on to a stop id or the limit; what is behind is cut off.
         step: of the policy.
         finish_fraction: as in `RolloutConfig`.
         sampling, engine, slot_tokens, dtype, layout: see `sampler.sample_groups`.
@@ -199,7 +201,8 @@ def collect(
     def enough() -> bool:
         if any(n for n, open_ in zip(left, groups, strict=True) if open_.carried):
             return False
-        return left.count(0) >= finish_fraction * len(groups)
+        # Less than a rounding error of the product is no group.
+        return left.count(0) >= math.ceil(finish_fraction * len(groups) - 1e-9)
 
     found, counts = sampler.sample_groups(
         params,

@@ -56,7 +56,8 @@ class Group:
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """How the sampler works. What it draws does not depend on it, but for the last bits of
-    log-probs, which depend on num_slots, page_tokens and slot_tokens."""
+    log-probs (and so, once in a long while, a token), which depend on the sizes of the
+    programs: num_slots, page_tokens and slot_tokens."""
 
     num_slots: int = 256  # Samples decoded at once, over all devices.
     page_tokens: int = 64  # Tokens of a page of the cache.
@@ -170,9 +171,9 @@ def sample_groups(
     Args:
         slot_tokens: room of a sample with its prompt. It fixes the programs: this and the
             engine are then what is compiled, whatever is asked for. None: made to fit.
-        enough: asked after each call of decoding; once true, no more is begun, and the
-            samples are returned as far as they have come. It may depend on what
-            `on_finish` has seen, but not on time: all processes must agree.
+        enough: asked before each call; once true, no more is begun, and the samples are
+            returned as far as they have come. It may depend on what `on_finish` has seen,
+            but not on time: all processes must agree.
 
     Returns:
         The groups with their samples, and counts of the work (`Scheduler.stats`, with
@@ -295,14 +296,18 @@ def check_groups(
     """Raises an InputError for what cannot be sampled."""
 
     def check_tokens(what: str, ids: Sequence[int]) -> None:
-        if outside := [int(t) for t in ids if not 0 <= t < config.vocab_size]:
+        found = np.asarray(ids)
+        if found.size and found.dtype.kind not in "iu":
+            raise InputError(f"{what}s must be integers, not such as {ids[0]!r}")
+        outside = found[(found < 0) | (found >= config.vocab_size)]
+        if outside.size:
             raise InputError(
                 f"{what} {outside[0]} is not in the vocabulary of {config.vocab_size}"
             )
 
     check_tokens("stop id", stop_ids)
     seen: set[tuple[int, bytes]] = set()
-    for i, group in enumerate(groups):
+    for i, (group, key) in enumerate(zip(groups, _key_words(groups), strict=True)):
         if not len(group.prompt):
             raise InputError(f"prompt {i} is empty: a sample needs a token to continue")
         if group.limit < 1:
@@ -312,13 +317,41 @@ def check_groups(
         check_tokens("prompt token", group.prompt)
         if not -(2**31) <= group.prompt_id < 2**31:
             raise InputError(f"prompt_ids are int32: {group.prompt_id} is not")
-        name = group.prompt_id, _key_data(group.key).tobytes()
+        if key.shape != (2,):
+            raise InputError("the seed must be an integer or a threefry2x32 key")
+        name = group.prompt_id, key.tobytes()
         if name in seen:
             raise InputError(
                 f"prompt_ids repeat ({group.prompt_id}): two prompts would share their "
                 "random numbers"
             )
         seen.add(name)
+
+
+def check_engine(
+    engine: Engine, layout: Layout | None, slot_tokens: int | None
+) -> None:
+    """Raises an InputError if the slots cannot be split over the mesh, or the cache cannot
+    hold a sample of `slot_tokens` (None: not asked)."""
+    replicas, P = _replicas(layout), engine.page_tokens
+    if engine.num_slots % replicas:
+        raise InputError(
+            f"num_slots={engine.num_slots} must be a multiple of the {replicas} shards of "
+            f"a batch (mesh axes {layout.rules['batch']})"
+        )
+    if engine.pool_tokens is None or slot_tokens is None:
+        return
+    # A page more, for the copy of the prompt's last one.
+    least = (-(-slot_tokens // P) + 1) * P * replicas
+    if engine.pool_tokens < least:
+        raise InputError(
+            f"pool_tokens={engine.pool_tokens} cannot hold one row of {slot_tokens} tokens "
+            f"on each of {replicas} replica(s) in pages of {P}: make it {least} or more"
+        )
+
+
+def _replicas(layout: Layout | None) -> int:
+    return 1 if layout is None else layout.shards("batch")
 
 
 def check_fits(groups: Sequence[Group], shape: scheduler.Shape) -> None:
@@ -342,14 +375,17 @@ def check_fits(groups: Sequence[Group], shape: scheduler.Shape) -> None:
             )
 
 
-def _key_data(key: jax.Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(key))
+def _key_words(groups: Sequence[Group]) -> list[np.ndarray]:
+    """The groups' keys on the host, [2] uint32 each; each key is read once."""
+    keys = {id(group.key): group.key for group in groups}
+    words = {name: np.asarray(jax.random.key_data(k)) for name, k in keys.items()}
+    return [words[id(group.key)] for group in groups]
 
 
 def _requests(groups: Sequence[Group], share_prompts: bool) -> list[scheduler.Prompt]:
     """The samples that have not ended, by what they have in common."""
     prompts = []
-    for i, group in enumerate(groups):
+    for i, (group, key) in enumerate(zip(groups, _key_words(groups), strict=True)):
         together: dict[Any, scheduler.Prompt] = {}
         for j, begun in enumerate(group.samples):
             if group.ended(begun):
@@ -363,7 +399,7 @@ def _requests(groups: Sequence[Group], share_prompts: bool) -> list[scheduler.Pr
             together[name].requests.append(
                 scheduler.Request(
                     name=(i, j),
-                    key=np.concatenate([_key_data(group.key), who]),
+                    key=np.concatenate([key, who]),
                     limit=group.limit - drawn,
                     drawn=drawn,
                 )
@@ -382,13 +418,8 @@ def program_shape(
 ) -> scheduler.Shape:
     """The sizes of the programs. With `slot_tokens` they are the engine's own; without,
     they fit the groups, in few steps, so that few are ever compiled."""
-    replicas = 1 if layout is None else layout.shards("batch")
-    if engine.num_slots % replicas:
-        raise InputError(
-            f"num_slots={engine.num_slots} must be a multiple of the {replicas} shards of "
-            f"a batch (mesh axes {layout.rules['batch']})"
-        )
-    P = engine.page_tokens
+    check_engine(engine, layout, slot_tokens)
+    replicas, P = _replicas(layout), engine.page_tokens
     # Small on CPU, where what fills a block up costs time.
     most = 128 if kernel == "tpu" else 16
     Q = max(n for n in range(1, min(P, most) + 1) if P % n == 0)

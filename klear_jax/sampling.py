@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from klear_jax.errors import InputError
 
+MIN_TEMPERATURE = 1e-30  # What float32 can divide by.
 CDF_BLOCK = 128  # Tokens summed together in the two-level inverse of the distribution.
 
 
@@ -26,14 +27,17 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise InputError(
-                f"temperature must be 0 (greedy) or more, not {self.temperature}"
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not "
+                f"{self.temperature}"
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not self.top_k >= 0:
-            raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not (self.top_k >= 0 and self.top_k == int(self.top_k)):
+            raise InputError(
+                f"top_k must be 0 (off) or a whole number above, not {self.top_k}"
+            )
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(
                 "repetition_penalty must be above 0 (1: off), not "

@@ -5,8 +5,9 @@
 
 A prompt is computed once; its samples share its full pages, and each gets its own copy of
 the last, partial one. Pages are given out as tokens need them. When there are none left the
-youngest go back: prompts that wait for a slot first, then samples, which start again from
-their prompt and, their randomness being a function of who they are, draw the same tokens.
+youngest prompt that waits for a slot goes back, or, without one, the youngest sample: it
+starts again from its prompt and, its randomness being a function of who it is, draws the
+same tokens. Nothing begins then until a sample has ended.
 
 Nothing here depends on time, on threads or on the device, so every process of a run takes
 the same decisions. It runs ahead of the device: what is not known yet is only whether a
@@ -16,6 +17,7 @@ Shape letters: R replicas, B slots, X blocks of a prefill, Q tokens of a block, 
 slot, S decoding steps.
 """
 
+import bisect
 import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -66,7 +68,10 @@ class Prompt:
     row: int = -1  # Of the replica's waiting states.
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0  # Tokens whose keys and values stand in the pages.
-    gone: bool = False  # All its samples have had a slot.
+
+    @property
+    def age(self) -> int:
+        return self.requests[0].order
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,7 +86,7 @@ class Slot:
     to_read: int  # and to hear of.
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    closed: bool = False  # Stopped or preempted: what is still under way is ignored.
+    done: bool = False  # Stopped or preempted: what is still under way is ignored.
 
     @property
     def final_length(self) -> int:
@@ -164,12 +169,13 @@ class _Replica:
     """The pages and slots of one replica, and the prompts that are in it."""
 
     def __init__(self, shape: Shape):
-        self.free = list(range(shape.pages))[::-1]  # The lowest is given out first.
+        self.free = list(range(shape.pages))[::-1]
         self.readers = np.zeros(shape.pages, np.int32)
         self.rows = list(range(shape.waiting))[::-1]
         self.slots: list[Slot | None] = [None] * shape.slots
         self.prefilling: Prompt | None = None
-        self.ready: collections.deque[Prompt] = collections.deque()
+        self.ready: list[Prompt] = []  # The oldest first.
+        self.crowded = False  # A sample was preempted, and none has ended since.
 
     def take(self, count: int) -> list[int]:
         pages = [self.free.pop() for _ in range(count)]
@@ -206,7 +212,7 @@ class Scheduler:
         """Every sample must fit into a replica's pages alone: see `check_fits`."""
         self.shape = shape
         self._stop_ids = np.asarray(stop_ids, np.int64)
-        self._queue = collections.deque(prompts)
+        self._queue = list(prompts)  # The oldest first.
         self._replicas = [_Replica(shape) for _ in range(shape.replicas)]
         self._unread: dict[Slot, None] = {}  # Dispatched, not heard of to the end.
         requests = [request for prompt in prompts for request in prompt.requests]
@@ -218,7 +224,7 @@ class Scheduler:
                 "prefill_calls",
                 "decode_calls",
                 "decode_steps",
-                "slot_steps",  # Steps times slots that drew a token.
+                "slot_steps",  # Tokens drawn, by samples preempted later too.
                 "preempted_samples",  # Sent back to their prompts for want of pages,
                 "preempted_tokens",  # and their tokens, to be drawn again.
                 "preempted_prompts",  # Computed, and sent back to the queue.
@@ -242,7 +248,7 @@ class Scheduler:
                 replica = self._replicas[r]
                 if used[r] < X and (
                     replica.prefilling is not None
-                    or self._start_prompt(replica, filling_up=used[r] > 0)
+                    or self._start_prompt(replica, self._wanted(replica, used[r] > 0))
                 ):
                     used[r] = self._add_blocks(batch, r, used[r])
                     break
@@ -257,21 +263,24 @@ class Scheduler:
     def _load(self, replica: _Replica) -> int:
         return len(replica.active) + replica.waiting_requests
 
-    def _start_prompt(self, replica: _Replica, filling_up: bool) -> bool:
-        """Takes the next prompt of the queue, if its samples will soon have slots, or if
-        a prefill that must be has room for it."""
-        ending = [s for s in replica.active if s.to_draw <= self.shape.decode_steps]
-        wanted = replica.slots.count(None) + len(ending)
+    def _wanted(self, replica: _Replica, filling_up: bool) -> int:
+        """Samples that should wait for slots: as many as will soon be free, or, in a prefill
+        that must be and has room left, as there are."""
         if filling_up:
-            wanted = self.shape.slots
+            return self.shape.slots
+        ending = [s for s in replica.active if s.to_draw <= self.shape.decode_steps]
+        return replica.slots.count(None) + len(ending)
+
+    def _start_prompt(self, replica: _Replica, wanted: int) -> bool:
+        """Takes the next prompt of the queue, if fewer samples wait than are wanted."""
         if not self._queue or not replica.rows or replica.waiting_requests >= wanted:
             return False
-        prompt = self._queue[0]
+        prompt, active = self._queue[0], replica.active
         need = self.shape.pages_for(len(prompt.tokens))
         # Each sample under way keeps a page to grow into.
-        if need + len(replica.active) > len(replica.free):
+        if need + len(active) > len(replica.free) or (replica.crowded and active):
             return False
-        self._queue.popleft()
+        self._queue.pop(0)
         prompt.pages, prompt.row = replica.take(need), replica.rows.pop()
         prompt.computed = 0
         replica.prefilling = prompt
@@ -293,7 +302,7 @@ class Scheduler:
             prompt.computed += len(block)
             if prompt.computed == total:
                 batch.last[r, used] = len(block) - 1
-                replica.ready.append(prompt)
+                bisect.insort(replica.ready, prompt, key=lambda p: p.age)
                 replica.prefilling = None
             self.stats["prefill_tokens"] += len(block)
             used += 1
@@ -322,7 +331,7 @@ class Scheduler:
     def _grow(self, replica: _Replica) -> None:
         """Pages for the next steps of every sample, the oldest first."""
         for slot in sorted(replica.active, key=lambda slot: slot.request.order):
-            while not slot.closed:
+            while not slot.done:
                 need = self._next_pages(slot) - len(slot.pages)
                 if need <= len(replica.free):
                     slot.pages += replica.take(max(need, 0))
@@ -334,24 +343,22 @@ class Scheduler:
         return self.shape.pages_for(min(slot.length + steps, slot.final_length))
 
     def _reclaim(self, replica: _Replica, keep: Prompt | None = None) -> None:
-        """Sends back the youngest: a waiting prompt, or else a sample."""
-        prompts = [prompt for prompt in replica.prompts if prompt is not keep]
-        if prompts:
-            self._send_back(replica, prompts[-1])
+        """Sends back the youngest waiting prompt, or else the youngest sample."""
+        if prompts := [prompt for prompt in replica.prompts if prompt is not keep]:
+            self._send_back(replica, max(prompts, key=lambda prompt: prompt.age))
             return
-        b = max(
-            (b for b, slot in enumerate(replica.slots) if slot is not None),
-            key=lambda b: replica.slots[b].request.order,
-        )
-        slot = replica.slots[b]
-        self._close(replica, b)
+        slot = max(replica.active, key=lambda slot: slot.request.order)
+        self._vacate(replica, slot)
+        slot.done = True
         del self._unread[slot]
+        replica.crowded = True
         self.stats["preempted_samples"] += 1
-        self.stats["preempted_tokens"] += slot.length - len(slot.prompt.tokens)
-        if slot.prompt.gone:
-            slot.prompt.gone = False
-            self._queue.appendleft(slot.prompt)
-        slot.prompt.requests.appendleft(slot.request)
+        self.stats["preempted_tokens"] += len(slot.tokens)
+        # A prompt with requests waits somewhere already.
+        if not slot.prompt.requests:
+            self._queue.append(slot.prompt)
+        bisect.insort(slot.prompt.requests, slot.request, key=lambda r: r.order)
+        self._queue.sort(key=lambda prompt: prompt.age)
 
     def _send_back(self, replica: _Replica, prompt: Prompt) -> None:
         if prompt is replica.prefilling:
@@ -361,21 +368,23 @@ class Scheduler:
         replica.release(prompt.pages)
         replica.rows.append(prompt.row)
         prompt.pages = []
-        self._queue.appendleft(prompt)
+        bisect.insort(self._queue, prompt, key=lambda prompt: prompt.age)
         self.stats["preempted_prompts"] += 1
 
-    def _close(self, replica: _Replica, b: int) -> None:
-        """Empties a slot. Its pages may be given out at once: whoever writes to them does
-        so in a later call."""
-        slot = replica.slots[b]
-        replica.slots[b] = None
+    def _vacate(self, replica: _Replica, slot: Slot) -> None:
+        """Frees a slot and its pages. Both may be used again at once: what the sample still
+        has under way was dispatched before."""
+        replica.slots[replica.slots.index(slot)] = None
         replica.release(slot.pages)
-        slot.pages, slot.closed = [], True
+        slot.pages = []
 
     def _admit(self, replica: _Replica, source_B: np.ndarray) -> list[tuple[int, int]]:
         """Gives free slots to samples of computed prompts; the pages to be copied."""
         copies = []
         while replica.ready and None in replica.slots:
+            active = replica.active
+            if replica.crowded and active:
+                break
             prompt, P = replica.ready[0], self.shape.page_tokens
             request, length = prompt.requests[0], len(prompt.tokens)
             shared = length // P
@@ -383,7 +392,6 @@ class Scheduler:
             last = len(prompt.requests) == 1
             slot = Slot(request, prompt, [], length, request.limit, request.limit)
             need = self._next_pages(slot) - (len(prompt.pages) if last else shared)
-            active = replica.active
             while not active and need > len(replica.free):
                 self._reclaim(replica, keep=prompt)
             if need + len(active) > len(replica.free) and active:
@@ -391,9 +399,8 @@ class Scheduler:
             fresh = replica.take(need)
             if last:
                 slot.pages, prompt.pages = prompt.pages + fresh, []
-                replica.ready.popleft()
+                replica.ready.pop(0)
                 replica.rows.append(prompt.row)
-                prompt.gone = True
             else:
                 slot.pages = prompt.pages[:shared] + fresh
                 replica.share(prompt.pages[:shared])
@@ -423,10 +430,9 @@ class Scheduler:
             slot.to_draw -= steps
             pairs += self.shape.pages_for(slot.length)
             batch.cells.append((r, b, slot, steps))
-            self.stats["slot_steps"] += steps
             if not slot.to_draw:  # It ends in this call: the next may use its slot.
-                self._close(replica, b)
-                slot.closed = False  # What it draws is still to be read.
+                self._vacate(replica, slot)
+                replica.crowded = False
         return pairs
 
     # --- results ----------------------------------------------------------------------
@@ -438,7 +444,7 @@ class Scheduler:
         finished = []
         stops_SRB = np.isin(tokens_SRB, self._stop_ids)
         for r, b, slot, steps in batch.cells:
-            if slot.closed:
+            if slot.done:
                 continue
             stopped = stops_SRB[:steps, r, b].any()
             if stopped:
@@ -446,12 +452,14 @@ class Scheduler:
             slot.tokens += tokens_SRB[:steps, r, b].tolist()
             slot.logprobs.append(logprobs_SRB[:steps, r, b].copy())
             slot.to_read -= steps
+            self.stats["slot_steps"] += steps
             if not stopped and slot.to_read:
                 continue
             replica = self._replicas[r]
             if replica.slots[b] is slot:
-                self._close(replica, b)
-            slot.closed = True
+                self._vacate(replica, slot)
+                replica.crowded = False
+            slot.done = True
             del self._unread[slot]
             finished.append(_result(slot, bool(stopped)))
         return finished
@@ -474,7 +482,13 @@ class Scheduler:
     @property
     def nearly_full(self) -> bool:
         """Fifteen of sixteen slots have a sample, or one that may begin."""
-        found = sum(map(self._load, self._replicas))
+        found = sum(
+            min(
+                self.shape.slots,
+                len(replica.active) + sum(len(p.requests) for p in replica.ready),
+            )
+            for replica in self._replicas
+        )
         return 16 * found >= 15 * self.shape.replicas * self.shape.slots
 
     @property

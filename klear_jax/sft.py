@@ -88,6 +88,7 @@ def run(config: SftConfig) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands."""
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
+    sampler.check_engine(config.sampler, layout, config.evaluation.row_tokens)
     tokenizer = tokens.load(config.tokenizer)
     tokens.check_fits(tokenizer, config.model.vocab_size)
     data = sft_batches(

@@ -282,6 +282,14 @@ BAD_INPUT = {
         lambda c, d, t: c.rewards.update(kind="none:f"),
         "there is no module none",
     ),
+    "slots do not split": (
+        lambda c, d, t: c.sampler.update(num_slots=9),
+        "num_slots=9 must be a multiple of the 8 shards",
+    ),
+    "small cache": (
+        lambda c, d, t: c.sampler.update(pool_tokens=640),
+        "pool_tokens=640 cannot hold one row of 72 tokens on each of 8 .* make it 768",
+    ),
     "rows do not split": (
         lambda c, d, t: c.update(batch_rows=9, micro_rows=9),
         "micro_rows=9 must be a multiple of the 8 shards",

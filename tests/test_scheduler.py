@@ -2,6 +2,7 @@
 of its cache: each step checks that a sample reads exactly its own past."""
 
 import collections
+import dataclasses
 import zlib
 
 import hypothesis
@@ -239,6 +240,50 @@ def test_decoding_waits_for_one_prefill_at_most_once_the_slots_are_filled():
     # 7.5 prefills fill 15 slots; the last has begun the first long prompt.
     assert text.startswith("p" * 8 + "d" + "pd" * 7)
     assert order[0] == (15, 0)  # Long before the others end.
+
+
+def test_slots_are_filled_first_also_for_a_group_that_fills_them_alone():
+    # One sample decodes; the next prompt takes 15 prefills, its group all other slots.
+    prompts = prompts_of([2, 60], [1, 16], [40, 4], 0)
+    shape = small(slots=16, pages=400, slot_pages=16)
+    _, machine, _ = run(shape, prompts)
+    text = "".join(call[0] for call in machine.calls)
+    assert text.startswith("p" * 16 + "d")
+
+
+class Watched(Scheduler):
+    """Checks who is sent back for want of pages."""
+
+    def _send_back(self, replica, prompt):
+        spared = replica.ready[:1]  # The oldest may be just about to begin.
+        ages = [p.age for p in replica.prompts if p not in spared]
+        assert not ages or prompt.age >= max(ages)
+        super()._send_back(replica, prompt)
+        assert [p.age for p in self._queue] == sorted(p.age for p in self._queue)
+
+    def _vacate(self, replica, slot):
+        super()._vacate(replica, slot)
+        if slot.to_draw and slot.tokens[-1:] != [STOP]:  # Preempted.
+            order = slot.request.order
+            assert all(s.request.order < order for s in replica.active)
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(workloads(), st.integers(0, 1))
+def test_who_goes_back_is_the_youngest(workload, ahead):
+    shape, prompts = workload
+    shape = dataclasses.replace(shape, pages=shape.slot_pages + 2)
+    plan = Watched(shape, prompts, [STOP])
+    count = sum(len(prompt.requests) for prompt in prompts)
+    assert len(list(sampler.run(plan, Machine(shape), ahead=ahead))) == count
+
+
+def test_after_a_preemption_nothing_begins_until_a_sample_ends():
+    shape = small(pages=80, slots=16, slot_pages=30)  # 3 samples fit at their ends.
+    plan, _, _ = run(shape, prompts_of([4] * 64, [4] * 64, [100] * 64, 0))
+    assert plan.stats["preempted_samples"] > 0
+    # Without the pause, prompts are computed and sent back over and over, 820 times.
+    assert plan.stats["preempted_prompts"] < 100
 
 
 def test_without_pages_the_youngest_wait_and_the_oldest_go_on():
