@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.clip_norm = 1.0  # Global norm of the gradient.
 
     c.sampler = sections.sampler(
-        num_slots=128, page_tokens=16, pool_tokens=None, prefill_tokens=512
+        num_slots=512, page_tokens=16, pool_tokens=None, prefill_tokens=1_024
     )
     c.rewards = sections.math_rewards(num_workers=2)
 
