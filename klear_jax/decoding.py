@@ -449,12 +449,7 @@ def decode(
     def step(i, carry):
         pool, slots, tokens_SRB, logprobs_SRB = carry
         active_RB = ~slots.stopped_RB & (slots.count_RB < limit_RB)
-        token_RB, logprob_RB = _draw(
-            params,
-            slots.states,
-            uniform_SRB[i],
-            sampling,
-        )
+        token_RB, logprob_RB = _draw(params, slots.states, uniform_SRB[i], sampling)
         rows = kv_cache.Rows(table_RBM, slots.length_RB, active_RB, pairs)
         hidden_RBD, pool = qwen3.decode(
             params,

@@ -70,11 +70,6 @@ def empty_pool(config: Config, shape: PoolShape, dtype: jnp.dtype) -> Pool:
     )
 
 
-def pool_shardings(pool: Pool, layout: Layout) -> Pool:
-    """Replicas lie on the batch axes of the mesh, heads on its tensor axis."""
-    return jax.tree.map(lambda _: layout.sharding(*pool.axes), pool)
-
-
 @flax.struct.dataclass
 class Rows:
     """Where the tokens of one forward pass stand: B blocks of Q tokens in each replica.
