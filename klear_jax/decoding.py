@@ -72,8 +72,7 @@ def padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
 
 
 def _arrays(batch: scheduler.Decode) -> dict[str, np.ndarray]:
-    names = ("table", "limit", "key", "source", "start", "drawn")
-    return {name: getattr(batch, name) for name in names}
+    return {name: getattr(batch, name) for name in scheduler.DECODE_ARRAYS}
 
 
 class Programs:

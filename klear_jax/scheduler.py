@@ -20,6 +20,7 @@ slot, S decoding steps.
 import bisect
 import collections
 import dataclasses
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,12 +79,13 @@ class Prompt:
 class Slot:
     """A sample that is being decoded."""
 
+    index: int  # Among the replica's slots.
     request: Request
     prompt: Prompt
-    pages: list[int]
     length: int  # Tokens in the cache when all that was dispatched has run.
     to_draw: int  # Tokens left to dispatch,
     to_read: int  # and to hear of.
+    pages: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     done: bool = False  # Stopped or preempted: what is still under way is ignored.
@@ -132,7 +134,10 @@ class Decode:
     copies: list[
         list[tuple[int, int]]
     ]  # A list a replica: (page, its copy), done first.
-    cells: list[tuple[int, int, Slot, int]]  # Replica, slot, sample, its steps.
+    cells: list[tuple[int, Slot, int]]  # Replica, sample, its steps.
+
+
+DECODE_ARRAYS = ("table", "limit", "key", "source", "start", "drawn")
 
 
 def empty_prefill(shape: Shape) -> Prefill:
@@ -170,28 +175,59 @@ class _Replica:
 
     def __init__(self, shape: Shape):
         self.free = list(range(shape.pages))[::-1]
-        self.readers = np.zeros(shape.pages, np.int32)
+        self.readers = [0] * shape.pages
         self.rows = list(range(shape.waiting))[::-1]
         self.slots: list[Slot | None] = [None] * shape.slots
+        self.empty = list(range(shape.slots))  # Slots, as a heap: the first is next.
+        # What the device hears of each slot, by the names of `Decode`: [B, ...].
+        self.standing = {
+            name: getattr(empty_decode(shape), name)[0] for name in DECODE_ARRAYS
+        }
         self.prefilling: Prompt | None = None
         self.ready: list[Prompt] = []  # The oldest first.
         self.crowded = False  # A sample was preempted, and none has ended since.
 
+    def begin(self, slot: Slot) -> None:
+        """Puts a sample into the first empty slot."""
+        self.slots[heapq.heappop(self.empty)] = slot
+        request, prompt = slot.request, slot.prompt
+        for name, value in (
+            ("table", 0),
+            ("limit", request.drawn + request.limit),
+            ("key", request.key),
+            ("source", prompt.row),
+            ("start", len(prompt.tokens)),
+            ("drawn", request.drawn),
+        ):
+            self.standing[name][slot.index] = value
+
+    def give(self, slot: Slot, pages: list[int]) -> None:
+        held = len(slot.pages)
+        slot.pages = slot.pages + pages
+        self.standing["table"][slot.index, held : len(slot.pages)] = pages
+
     def take(self, count: int) -> list[int]:
         pages = [self.free.pop() for _ in range(count)]
-        self.readers[pages] = 1
+        self.share(pages)
         return pages
 
     def share(self, pages: list[int]) -> None:
-        self.readers[pages] += 1
+        for page in pages:
+            self.readers[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        self.readers[pages] -= 1
-        self.free += [page for page in pages[::-1] if not self.readers[page]]
+        for page in reversed(pages):
+            self.readers[page] -= 1
+            if not self.readers[page]:
+                self.free.append(page)
 
     @property
     def active(self) -> list[Slot]:
         return [slot for slot in self.slots if slot is not None]
+
+    @property
+    def num_active(self) -> int:
+        return len(self.slots) - len(self.empty)
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -241,17 +277,26 @@ class Scheduler:
         batch = empty_prefill(self.shape)
         R, X = batch.active.shape
         used = [0] * R
+        waiting = [replica.waiting_requests for replica in self._replicas]
+        wanted = [self._wanted(replica) for replica in self._replicas]
+        load = [
+            replica.num_active + waiting[r] for r, replica in enumerate(self._replicas)
+        ]
         while True:
             # The emptiest first, a prompt a turn, so that replicas fill evenly.
-            order = sorted(range(R), key=lambda r: self._load(self._replicas[r]))
-            for r in order:
+            for r in sorted(range(R), key=load.__getitem__):
                 replica = self._replicas[r]
-                if used[r] < X and (
-                    replica.prefilling is not None
-                    or self._start_prompt(replica, self._wanted(replica, used[r] > 0))
-                ):
-                    used[r] = self._add_blocks(batch, r, used[r])
-                    break
+                if used[r] == X:
+                    continue
+                if replica.prefilling is None:
+                    if waiting[r] >= wanted[r] or not self._start_prompt(replica):
+                        continue
+                    waiting[r] += len(replica.prefilling.requests)
+                    load[r] += len(replica.prefilling.requests)
+                # A prefill that must be, and has room left, prepares for all slots.
+                wanted[r] = self.shape.slots
+                used[r] = self._add_blocks(batch, r, used[r])
+                break
             else:
                 break
         if not any(used):
@@ -260,25 +305,19 @@ class Scheduler:
         self._note_peak()
         return batch
 
-    def _load(self, replica: _Replica) -> int:
-        return len(replica.active) + replica.waiting_requests
-
-    def _wanted(self, replica: _Replica, filling_up: bool) -> int:
-        """Samples that should wait for slots: as many as will soon be free, or, in a prefill
-        that must be and has room left, as there are."""
-        if filling_up:
-            return self.shape.slots
+    def _wanted(self, replica: _Replica) -> int:
+        """Samples that should wait for slots: as many as will soon be free."""
         ending = [s for s in replica.active if s.to_draw <= self.shape.decode_steps]
-        return replica.slots.count(None) + len(ending)
+        return len(replica.empty) + len(ending)
 
-    def _start_prompt(self, replica: _Replica, wanted: int) -> bool:
-        """Takes the next prompt of the queue, if fewer samples wait than are wanted."""
-        if not self._queue or not replica.rows or replica.waiting_requests >= wanted:
+    def _start_prompt(self, replica: _Replica) -> bool:
+        """Takes the next prompt of the queue, if there is room for it."""
+        if not self._queue or not replica.rows:
             return False
-        prompt, active = self._queue[0], replica.active
+        prompt, num_active = self._queue[0], replica.num_active
         need = self.shape.pages_for(len(prompt.tokens))
         # Each sample under way keeps a page to grow into.
-        if need + len(active) > len(replica.free) or (replica.crowded and active):
+        if need + num_active > len(replica.free) or (replica.crowded and num_active):
             return False
         self._queue.pop(0)
         prompt.pages, prompt.row = replica.take(need), replica.rows.pop()
@@ -312,31 +351,40 @@ class Scheduler:
 
     def next_decode(self) -> Decode | None:
         """The next steps of all slots, old samples grown and new ones begun."""
-        batch = empty_decode(self.shape)
-        for r, replica in enumerate(self._replicas):
+        copies = []
+        for replica in self._replicas:
             self._grow(replica)
-            batch.copies[r] += self._admit(replica, batch.source[r])
+            copies.append(self._admit(replica))
         left = [slot.to_draw for replica in self._replicas for slot in replica.active]
         if not left:
             return None
         steps = min(self.shape.decode_steps, max(left))
-        batch = dataclasses.replace(batch, steps=steps)
         self._note_peak()
-        pairs = [self._dispatch(batch, r) for r in range(self.shape.replicas)]
-        self.stats["copied_pages"] += sum(map(len, batch.copies))
+        arrays = {
+            name: np.stack([replica.standing[name] for replica in self._replicas])
+            for name in DECODE_ARRAYS
+        }
+        cells, pairs = [], []
+        for r, replica in enumerate(self._replicas):
+            advanced = self._advance(replica, steps)
+            cells += [(r, slot, slot_steps) for slot, slot_steps, _ in advanced]
+            pairs.append(sum(pages for *_, pages in advanced))
+        self.stats["copied_pages"] += sum(map(len, copies))
         self.stats["decode_calls"] += 1
         self.stats["decode_steps"] += steps
-        return dataclasses.replace(batch, pairs=max(pairs))
+        return Decode(
+            **arrays, steps=steps, pairs=max(pairs), copies=copies, cells=cells
+        )
 
     def _grow(self, replica: _Replica) -> None:
         """Pages for the next steps of every sample, the oldest first."""
-        for slot in sorted(replica.active, key=lambda slot: slot.request.order):
-            while not slot.done:
-                need = self._next_pages(slot) - len(slot.pages)
-                if need <= len(replica.free):
-                    slot.pages += replica.take(max(need, 0))
-                    break
+        growing = [s for s in replica.active if self._next_pages(s) > len(s.pages)]
+        for slot in sorted(growing, key=lambda slot: slot.request.order):
+            need = self._next_pages(slot) - len(slot.pages)
+            while need > len(replica.free) and not slot.done:
                 self._reclaim(replica)
+            if not slot.done:
+                replica.give(slot, replica.take(need))
 
     def _next_pages(self, slot: Slot) -> int:
         steps = self.shape.decode_steps
@@ -374,66 +422,60 @@ class Scheduler:
     def _vacate(self, replica: _Replica, slot: Slot) -> None:
         """Frees a slot and its pages. Both may be used again at once: what the sample still
         has under way was dispatched before."""
-        replica.slots[replica.slots.index(slot)] = None
+        replica.slots[slot.index] = None
+        heapq.heappush(replica.empty, slot.index)
+        replica.standing["limit"][slot.index] = 0
         replica.release(slot.pages)
         slot.pages = []
 
-    def _admit(self, replica: _Replica, source_B: np.ndarray) -> list[tuple[int, int]]:
+    def _admit(self, replica: _Replica) -> list[tuple[int, int]]:
         """Gives free slots to samples of computed prompts; the pages to be copied."""
         copies = []
-        while replica.ready and None in replica.slots:
-            active = replica.active
-            if replica.crowded and active:
+        replica.standing["source"][:] = -1
+        while replica.ready and replica.empty:
+            if replica.crowded and replica.num_active:
                 break
             prompt, P = replica.ready[0], self.shape.page_tokens
             request, length = prompt.requests[0], len(prompt.tokens)
             shared = length // P
             # The last sample takes the partial page itself.
             last = len(prompt.requests) == 1
-            slot = Slot(request, prompt, [], length, request.limit, request.limit)
+            slot = Slot(
+                replica.empty[0], request, prompt, length, request.limit, request.limit
+            )
             need = self._next_pages(slot) - (len(prompt.pages) if last else shared)
-            while not active and need > len(replica.free):
+            while not replica.num_active and need > len(replica.free):
                 self._reclaim(replica, keep=prompt)
-            if need + len(active) > len(replica.free) and active:
+            if need + replica.num_active > len(replica.free) and replica.num_active:
                 break
             fresh = replica.take(need)
+            replica.begin(slot)
             if last:
-                slot.pages, prompt.pages = prompt.pages + fresh, []
+                replica.give(slot, prompt.pages + fresh)
+                prompt.pages = []
                 replica.ready.pop(0)
                 replica.rows.append(prompt.row)
             else:
-                slot.pages = prompt.pages[:shared] + fresh
+                replica.give(slot, prompt.pages[:shared] + fresh)
                 replica.share(prompt.pages[:shared])
                 if length % P:
                     copies.append((prompt.pages[shared], fresh[0]))
             prompt.requests.popleft()
-            b = replica.slots.index(None)
-            replica.slots[b] = slot
-            source_B[b] = prompt.row
             self._unread[slot] = None
         return copies
 
-    def _dispatch(self, batch: Decode, r: int) -> int:
-        """Writes a replica's slots into the batch; its (slot, page) pairs."""
-        replica, pairs = self._replicas[r], 0
-        for b, slot in enumerate(replica.slots):
-            if slot is None:
-                continue
-            request = slot.request
-            batch.table[r, b, : len(slot.pages)] = slot.pages
-            batch.limit[r, b] = request.drawn + request.limit
-            batch.key[r, b] = request.key
-            batch.start[r, b] = len(slot.prompt.tokens)
-            batch.drawn[r, b] = request.drawn
-            steps = min(batch.steps, slot.to_draw)
-            slot.length += steps
-            slot.to_draw -= steps
-            pairs += self.shape.pages_for(slot.length)
-            batch.cells.append((r, b, slot, steps))
+    def _advance(self, replica: _Replica, steps: int) -> list[tuple[Slot, int, int]]:
+        """Dispatches steps; the samples, their steps, and the pages they use then."""
+        advanced = []
+        for slot in replica.active:
+            slot_steps = min(steps, slot.to_draw)
+            slot.length += slot_steps
+            slot.to_draw -= slot_steps
+            advanced.append((slot, slot_steps, self.shape.pages_for(slot.length)))
             if not slot.to_draw:  # It ends in this call: the next may use its slot.
                 self._vacate(replica, slot)
                 replica.crowded = False
-        return pairs
+        return advanced
 
     # --- results ----------------------------------------------------------------------
 
@@ -443,14 +485,20 @@ class Scheduler:
         """Takes in what a call drew; the samples that it finished, in order of slots."""
         finished = []
         stops_SRB = np.isin(tokens_SRB, self._stop_ids)
-        for r, b, slot, steps in batch.cells:
+        stop_RB = np.where(
+            stops_SRB.any(axis=0), stops_SRB.argmax(axis=0), len(stops_SRB)
+        ).tolist()
+        tokens_RBS = tokens_SRB.transpose(1, 2, 0).tolist()
+        logprobs_RBS = logprobs_SRB.transpose(1, 2, 0)
+        for r, slot, steps in batch.cells:
             if slot.done:
                 continue
-            stopped = stops_SRB[:steps, r, b].any()
+            b = slot.index
+            stopped = stop_RB[r][b] < steps
             if stopped:
-                steps = int(stops_SRB[:steps, r, b].argmax()) + 1
-            slot.tokens += tokens_SRB[:steps, r, b].tolist()
-            slot.logprobs.append(logprobs_SRB[:steps, r, b].copy())
+                steps = stop_RB[r][b] + 1
+            slot.tokens += tokens_RBS[r][b][:steps]
+            slot.logprobs.append(logprobs_RBS[r, b, :steps].copy())
             slot.to_read -= steps
             self.stats["slot_steps"] += steps
             if not stopped and slot.to_read:
