@@ -137,6 +137,7 @@ class Decode:
     cells: list[tuple[int, Slot, int]]  # Replica, sample, its steps.
 
 
+# Of `Decode`, what the device gets.
 DECODE_ARRAYS = ("table", "limit", "key", "source", "start", "drawn")
 
 
@@ -180,9 +181,8 @@ class _Replica:
         self.slots: list[Slot | None] = [None] * shape.slots
         self.empty = list(range(shape.slots))  # Slots, as a heap: the first is next.
         # What the device hears of each slot, by the names of `Decode`: [B, ...].
-        self.standing = {
-            name: getattr(empty_decode(shape), name)[0] for name in DECODE_ARRAYS
-        }
+        idle = empty_decode(shape)
+        self.standing = {name: getattr(idle, name)[0] for name in DECODE_ARRAYS}
         self.prefilling: Prompt | None = None
         self.ready: list[Prompt] = []  # The oldest first.
         self.crowded = False  # A sample was preempted, and none has ended since.
@@ -202,6 +202,7 @@ class _Replica:
             self.standing[name][slot.index] = value
 
     def give(self, slot: Slot, pages: list[int]) -> None:
+        """More pages for a sample, in its table too."""
         held = len(slot.pages)
         slot.pages = slot.pages + pages
         self.standing["table"][slot.index, held : len(slot.pages)] = pages
