@@ -423,14 +423,15 @@ def decode(
     layout: Layout | None,
     dtype: jnp.dtype,
 ) -> tuple[kv_cache.Pool, Slots, jax.Array, jax.Array]:
-    """Draws `num_steps` tokens a slot; slots that are done compute along for nothing.
+    """Draws `num_steps` tokens a slot, fewer if all end before; slots that are done compute
+    along for nothing.
 
     Args:
         batch: arrays of a `scheduler.Decode`.
         num_pairs: of (slot, page) that XLA reads; 0 for the TPU kernel.
 
     Returns:
-        Cache, slots, tokens_SRB, logprobs_SRB: S = max_steps, zeros beyond num_steps.
+        Cache, slots, tokens_SRB, logprobs_SRB: S = max_steps, zeros for steps not taken.
     """
     batch = _batch(batch, layout)
     slots = _begin(slots, waiting, batch)
@@ -445,9 +446,16 @@ def decode(
         pages_RB = jnp.where(left_RB > 0, -(-end_RB // P), 0)
         pairs = jax.vmap(lambda pages_B: page_pairs(pages_B, num_pairs))(pages_RB)
 
-    def step(i, carry):
-        pool, slots, tokens_SRB, logprobs_SRB = carry
-        active_RB = ~slots.stopped_RB & (slots.count_RB < limit_RB)
+    def active(slots):
+        return ~slots.stopped_RB & (slots.count_RB < limit_RB)
+
+    def goes_on(carry):
+        i, _, slots, *_ = carry
+        return (i < num_steps) & active(slots).any()
+
+    def step(carry):
+        i, pool, slots, tokens_SRB, logprobs_SRB = carry
+        active_RB = active(slots)
         token_RB, logprob_RB = _draw(params, slots.states, uniform_SRB[i], sampling)
         rows = kv_cache.Rows(table_RBM, slots.length_RB, active_RB, pairs)
         hidden_RBD, pool = qwen3.decode(
@@ -473,6 +481,7 @@ def decode(
             stopped_RB=slots.stopped_RB | (active_RB & jnp.isin(token_RB, stop_ids)),
         )
         return (
+            i + 1,
             pool,
             slots,
             tokens_SRB.at[i].set(token_RB),
@@ -480,8 +489,10 @@ def decode(
         )
 
     S_RB = (max_steps, *limit_RB.shape)
-    carry = (pool, slots, jnp.zeros(S_RB, jnp.int32), jnp.zeros(S_RB, jnp.float32))
-    pool, slots, *drawn = jax.lax.fori_loop(0, num_steps, step, carry)
+    drawn = jnp.zeros(S_RB, jnp.int32), jnp.zeros(S_RB, jnp.float32)
+    _, pool, slots, *drawn = jax.lax.while_loop(
+        goes_on, step, (jnp.int32(0), pool, slots, *drawn)
+    )
     # Every process reads the whole of what was drawn.
     tokens_SRB, logprobs_SRB = (constrain(x, layout, None, None, None) for x in drawn)
     return _place(pool, layout), _batch(slots, layout), tokens_SRB, logprobs_SRB

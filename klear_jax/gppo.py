@@ -6,8 +6,10 @@ Source: Klear-Reasoner (arXiv 2508.07629); every number has its own in the confi
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ from klear_jax.data.batches import prompt_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
+from klear_jax.rewards.pool import Pool
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
@@ -144,8 +147,17 @@ def num_micro(config: GppoConfig, prompts: int) -> int:
     return -(-prompts * config.rollout.samples_per_prompt // config.micro_rows)
 
 
-def run(config: GppoConfig) -> None:
-    """Trains to the last step, from where the workdir's newest checkpoint stands."""
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads, found good before it does any work."""
+
+    layout: Layout
+    tokenizer: tokens.Tokenizer
+    prompts: grain.DatasetIterator
+    problems: Mapping[str, Sequence[Any]]  # To evaluate on.
+
+
+def read_inputs(config: GppoConfig) -> Inputs:
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
     for _, row_tokens in sampler_uses(config):
@@ -161,8 +173,15 @@ def run(config: GppoConfig) -> None:
         too_long=config.data.too_long,
     )
     problems = evaluate.load_problems(config.evaluation, tokenizer)
+    return Inputs(layout, tokenizer, prompts, problems)
+
+
+def run(config: GppoConfig) -> None:
+    """Trains to the last step, from where the workdir's newest checkpoint stands."""
+    inputs = read_inputs(config)
+    layout, tokenizer, prompts = inputs.layout, inputs.tokenizer, inputs.prompts
     pool = rollout.make_pool(config.rewards)
-    checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
+    checkpoint.open_workdir(config, tokenizer)
 
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
@@ -182,23 +201,7 @@ def run(config: GppoConfig) -> None:
             layout=layout,
         )
         update = steps.compile_train_step(train_step(config, layout), layout, shardings)
-        score = functools.partial(
-            old_logprobs, jax.jit(score_step(config, layout)), config, layout
-        )
-        collect = functools.partial(
-            rollout.collect,
-            model=config.model,
-            tokenizer=tokenizer,
-            pool=pool,
-            rewards=config.rewards,
-            sampling=config.rollout.sampling(),
-            engine=config.sampler,
-            slot_tokens=config.rollout.row_tokens,
-            stop_strings=config.rollout.stop_strings,
-            finish_fraction=config.rollout.finish_fraction,
-            dtype=jnp.dtype(config.dtype),
-            layout=layout,
-        )
+        score = jax.jit(score_step(config, layout))
         going_on = rollout.from_json(checkpoints.pending())
         warm_up(state.params, config, tokenizer, layout)
         bar = tqdm.trange(
@@ -207,19 +210,21 @@ def run(config: GppoConfig) -> None:
         watch = Stopwatch()
         for step in bar:
             with watch.phase("sample"):
-                groups = going_on + rollout.open_groups(
+                new = rollout.open_groups(
                     next(prompts),
                     num_samples=config.rollout.samples_per_prompt,
                     max_new_tokens=config.rollout.max_new_tokens,
                     key=jax.random.fold_in(key, step),
                 )
-                samples, going_on, counts = collect(
-                    state.params, groups=groups, step=step
+                samples, going_on, counts = sample(
+                    state.params, going_on + new, step, pool, config, inputs
                 )
                 chosen = rollout.select(samples, config.rollout, full_credit)
                 rows = rollout.make_rows(samples, chosen, config.rollout)
             with watch.phase("score"):
-                policy = functools.partial(score, state.params)
+                policy = functools.partial(
+                    old_logprobs, score, config, layout, state.params
+                )
                 rows["old_logp"] = policy(rows)
                 going_on = rollout.score_open(
                     going_on, policy, config.rollout.row_tokens
@@ -233,12 +238,7 @@ def run(config: GppoConfig) -> None:
                     prompts=config.minibatch_prompts,
                     aggregation=config.loss.aggregation,
                 )
-                found = []
-                for mini in minis:
-                    batch, count = place(mini, config.minibatch_prompts, config, layout)
-                    state, metrics = update(state, batch, count, rate)
-                    found.append(metrics)
-                found = jax.device_get(found)
+                state, found = learn(update, state, minis, rate, config, layout)
             for metrics in found:
                 require_finite(metrics, rows, config.workdir, step)
             values = {
@@ -252,7 +252,7 @@ def run(config: GppoConfig) -> None:
             if config.evaluation.due(step + 1):
                 with watch.phase("evaluate"):
                     values |= evaluate.during_training(
-                        state.params, problems, tokenizer, pool, config, layout
+                        state.params, inputs.problems, tokenizer, pool, config, layout
                     )
             if found:  # A step with an update has needed all programs that there are.
                 compilations.close()
@@ -264,6 +264,51 @@ def run(config: GppoConfig) -> None:
                 pending = rollout.to_json(going_on)
                 with compilations.open_again():  # orbax cuts what is replicated.
                     checkpoints.save(step + 1, state, prompts, pending)
+
+
+def sample(
+    params: qwen3.Params,
+    groups: Sequence[rollout.OpenGroup],
+    step: int,
+    pool: Pool,
+    config: GppoConfig,
+    inputs: Inputs,
+) -> tuple[rollout.Rollout, list[rollout.OpenGroup], dict[str, float]]:
+    """`rollout.collect` as the config says."""
+    return rollout.collect(
+        params,
+        config.model,
+        groups,
+        inputs.tokenizer,
+        pool,
+        config.rewards,
+        sampling=config.rollout.sampling(),
+        engine=config.sampler,
+        slot_tokens=config.rollout.row_tokens,
+        stop_strings=config.rollout.stop_strings,
+        step=step,
+        finish_fraction=config.rollout.finish_fraction,
+        dtype=jnp.dtype(config.dtype),
+        layout=inputs.layout,
+    )
+
+
+def learn(
+    update: steps.TrainStep,
+    state: steps.TrainState,
+    minis: Iterable[dict[str, np.ndarray]],
+    rate: float,
+    config: GppoConfig,
+    layout: Layout,
+) -> tuple[steps.TrainState, list[dict[str, np.ndarray]]]:
+    """An update a mini-batch, and its metrics. The host reads none before all are under
+    way."""
+    found = []
+    for mini in minis:
+        batch, count = place(mini, config.minibatch_prompts, config, layout)
+        state, metrics = update(state, batch, count, rate)
+        found.append(metrics)
+    return state, jax.device_get(found)
 
 
 def sampler_uses(config: GppoConfig) -> list[tuple[Sampling, int]]:

@@ -475,6 +475,27 @@ def test_a_run_compiles_nothing_after_its_start(params):
         assert re.search(r"unplanned compilation of \S*decode\S* for float32", about)
 
 
+def test_a_call_ends_when_its_last_slot_does(params):
+    """Nothing is computed for nobody: after the last stop token no step is taken."""
+    first = sampler.generate(params, CONFIG, PROMPTS, max_new_tokens=2, seed=7)
+    stop_ids = {sample.tokens[1] for [sample] in first}
+    shape = scheduler.Shape(1, 8, 41, 8, 5, 8, 8, decode_steps=6)
+    programs = decoding.Programs(
+        params, shape, Sampling(), [*stop_ids], config=CONFIG, layout=None, dtype=None
+    )
+    prompts = sampler._requests(groups_of(list(enumerate(PROMPTS))), True)
+    plan = scheduler.Scheduler(shape, prompts, [*stop_ids])
+    while (batch := plan.next_prefill()) is not None:
+        programs.prefill(batch)
+    batch = plan.next_decode()
+    assert batch.steps == 6
+    tokens_SRB, logprobs_SRB = map(np.asarray, programs.decode(batch))
+    taken = (logprobs_SRB != 0).any(axis=(1, 2)).sum()
+    finished = plan.read(batch, tokens_SRB, logprobs_SRB)
+    assert len(finished) == len(PROMPTS)
+    assert taken == max(len(result.tokens) for result in finished) <= 2
+
+
 def test_on_a_mesh_cache_and_slots_are_split(params):
     layout = sharding.sampling_layout(layout_of(2, 2, 2))
     shape = scheduler.Shape(4, 2, 5, 8, 4, 2, 8, 3)
