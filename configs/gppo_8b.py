@@ -11,9 +11,9 @@ To compare with, all of the paper, in 32K tokens: AIME 2024 avg@32 rises from 75
 norms of 0.05 to 0.12 (Fig. 2c). After `gppo_code_8b`: Klear-Reasoner-8B, Table 1, avg@64 of
 AIME 2024 83.2, AIME 2025 75.6, HMMT 2025 60.3 (with 64K and YaRN: 90.5, 83.2, 70.8).
 
-Data: JSON lines with `prompt` (text, or {role, content} messages: the bare problem) and
-`answer`. The published part of the authors' 88K problems is Kwai-Klear/
-KlearReasoner-MathSub-30K, whose reward_model.ground_truth is our `answer`.
+Data: Kwai-Klear/KlearReasoner-MathSub-30K, the published part of the authors' 88K problems,
+as parquet or JSON lines; or JSON lines of your own, with `prompt` (text, or {role, content}
+messages: the bare problem) and `answer`. A row's data_source decides on its reward.
 
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_math.sh and what it calls; [ours].
@@ -42,7 +42,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh = sft.mesh
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = "data/klear_math_rl.jsonl"  # A TFDS version folder or JSON lines.
+    c.data.path = (
+        "data/klear_math_rl.parquet"  # A TFDS version folder, parquet or JSON lines.
+    )
     c.data.split = ""  # Of a TFDS data set.
     # A longer prompt: 'error' or 'truncate_left'.
     c.data.too_long = "truncate_left"  # [R]
@@ -60,12 +62,23 @@ def get_config() -> ml_collections.ConfigDict:
     # old log-probs of the step that drew each token. 1: wait for the slowest.
     c.rollout.finish_fraction = 1.0  # [R]
     c.rollout.stop_strings = ()  # [ours] Text that ends a response, beside the stop ids.
+    # Batches of prompts, generated until the filter has left max_groups.
+    c.rollout.max_batches = 1  # [R] A short step has fewer updates.
+    # Good groups beyond max_groups: 'discard', or 'carry' to the next step.
+    c.rollout.surplus = "discard"  # [R]
     # Drop groups of equal 'reward' or of equal 'accuracy' [R]; 'none' drops none.
     c.rollout.filter = "reward"  # [P] 5.2.5.
+    c.rollout.max_accuracy = 1.0  # [R] Drop groups of which a larger share is right.
     c.rollout.normalize_std = True  # [P] Eq. 4, unbiased and + 1e-6 as in [R].
+    # Leave out samples that were cut off. With limits below 32K: True [R].
+    c.rollout.drop_unfinished = False  # [R]
+    # Over its last so many tokens up to the limit, a response's reward falls by up to
+    # overlong_penalty. 0 tokens: it does not. [R] sets 4,096, and switches it off.
+    c.rollout.overlong_tokens = 0  # [R]
+    c.rollout.overlong_penalty = 1.0  # [R]
 
     c.sampler = sft.sampler
-    c.rewards = sections.math_rewards(num_workers=32)  # [ours] Processes.
+    c.rewards = sections.rewards(num_workers=32)  # [ours] Processes.
     c.loss = sections.gppo_loss()
     c.minibatch_prompts = 16  # [P] [R] Groups of one update: at most 8 updates a step.
     # Rows of one forward and backward pass, over all devices: a multiple of data x fsdp.

@@ -42,8 +42,16 @@ def get_config() -> ml_collections.ConfigDict:
     # Share of the groups that ends a phase; the others go on in the next. 1: wait for all.
     c.rollout.finish_fraction = 1.0
     c.rollout.stop_strings = ()  # Text that ends a response, beside the stop ids.
+    c.rollout.max_batches = 1  # Of prompts, generated until there are max_groups.
+    c.rollout.surplus = "discard"  # Groups beyond max_groups; or 'carry' them on.
     c.rollout.filter = "reward"  # Drop groups of equal 'reward', 'accuracy'; or 'none'.
+    c.rollout.max_accuracy = 1.0  # Drop groups of which a larger share is right.
     c.rollout.normalize_std = True  # Advantages over the group's standard deviation.
+    c.rollout.drop_unfinished = False  # Leave out samples that were cut off.
+    c.rollout.overlong_tokens = (
+        0  # Before the limit, where the reward falls; 0: it never
+    )
+    c.rollout.overlong_penalty = 1.0  # does, else by up to so much.
 
     c.sampler = sft.sampler
     c.rewards = sft.rewards

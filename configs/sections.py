@@ -72,22 +72,44 @@ def sampler(
     return c
 
 
-def math_rewards(num_workers: int) -> ml_collections.ConfigDict:
-    """The section `rewards`, for math with the authors' values.
+def rewards(num_workers: int) -> ml_collections.ConfigDict:
+    """The section `rewards`, with the authors' values.
 
     Args:
         num_workers: processes that score, on each host.
     """
     c = ml_collections.ConfigDict()
-    c.kind = "math"  # 'math', 'math_judge' (no tags asked for), or 'module:function'.
-    c.options = ml_collections.ConfigDict()  # Keyword arguments of the reward.
-    c.options.correct = 1.0  # [R] [P]
-    c.options.wrong = -1.0  # [R]
-    c.options.no_think_end = -0.5  # [R] No </think>, as in an answer cut off.
-    c.options.no_think_start = -2.0  # [R] </think>, but no <think>.
+    # Kinds of reward: a function ('math', 'math_judge' (no tags asked for), 'code', or
+    # 'module:function' for one of your own) and its keyword arguments.
+    c.kinds = ml_collections.ConfigDict()
+    for kind in ("math", "code"):
+        c.kinds[kind] = ml_collections.ConfigDict()
+        c.kinds[kind].function = kind
+        c.kinds[kind].options = ml_collections.ConfigDict()
+        c.kinds[kind].options.correct = 1.0  # [R] [P]
+        # For code, the reward is as far from here to correct as the share of tests that
+        # pass [R]; with 0 it is that share, as [P] says.
+        c.kinds[kind].options.wrong = -1.0  # [R]
+        c.kinds[kind].options.no_think_end = -0.5  # [R] No </think>: it was cut off.
+        c.kinds[kind].options.no_think_start = -2.0  # [R] </think>, but no <think>.
+    code = c.kinds.code.options
+    code.soft = True  # [P] [R] False: all tests must pass.
+    code.max_tests = 16  # [R] Run of those that a problem has; 0: all.
+    code.memory_mb = 1024  # [R] MiB, of all processes of a program.
+    # What keeps programs away from the host: 'auto' is the best there is, see
+    # klear_jax/rewards/sandbox.py.
+    code.isolation = "auto"  # [ours]
+    # What a row's data_source contains -> its kind.
+    c.sources = ml_collections.ConfigDict()
+    c.sources.math_longcot_math_verify = "math"  # [R]
+    c.sources.coder1_longcot = "code"  # [R]
+    c.kind = "math"  # Of rows without a data_source.
     c.full_credit = 1.0  # [R] The reward that is right, and positive for the LM loss.
     c.num_workers = num_workers
-    c.task_timeout_s = 20.0  # [ours] Above math-verify's own three times 5 s.
+    # For a response. Above math-verify's own three times 5 s, and 16 tests of up to 35 s.
+    c.task_timeout_s = 600.0  # [ours] [R] 500, which 16 hanging tests exceed.
+    # For all that is left when decoding ends; what comes later is not trained on.
+    c.step_timeout_s = 1800.0  # [ours]
     c.memory_mb = 4096  # [ours] Address space of a worker, MiB.
     return c
 

@@ -76,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
         pool_tokens=1 << 23,  # [ours]
         prefill_tokens=1_024,  # [ours]
     )
-    c.rewards = sections.math_rewards(num_workers=32)  # [ours] Of the evaluation.
+    c.rewards = sections.rewards(num_workers=32)  # [ours] Of the evaluation.
 
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.data = "data/aime24.jsonl"  # [P] A TFDS version folder or JSON lines.

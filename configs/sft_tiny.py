@@ -70,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampler = sections.sampler(
         num_slots=512, page_tokens=16, pool_tokens=None, prefill_tokens=1_024
     )
-    c.rewards = sections.math_rewards(num_workers=2)
+    c.rewards = sections.rewards(num_workers=2)
 
     c.evaluation = ml_collections.ConfigDict()  # avg@8 at temperature 1, and greedy.
     c.evaluation.data = "runs/data/arithmetic/1.0.0"  # As data.path.

@@ -73,3 +73,11 @@ def informative(score_B: np.ndarray, group_ids_B: np.ndarray) -> np.ndarray:
     for rows in groups(group_ids_B):
         keep_B[rows] = len(rows) == 1 or score_B[rows].max() > score_B[rows].min()
     return keep_B
+
+
+def group_mean(x_B: np.ndarray, group_ids_B: np.ndarray) -> np.ndarray:
+    """The mean of each row's group, [B] float64."""
+    mean_B = np.zeros(len(x_B), np.float64)
+    for rows in groups(group_ids_B):
+        mean_B[rows] = np.mean(np.asarray(x_B)[rows])
+    return mean_B

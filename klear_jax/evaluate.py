@@ -23,7 +23,9 @@ from klear_jax import checkpoint, config, qwen3, rollout, sampler, tokens
 from klear_jax.data.batches import all_prompts
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
+from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
+from klear_jax.rewards.routing import RewardConfig
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh, put
 
@@ -87,12 +89,13 @@ class EvaluationConfig:
 
 
 def load_problems(
-    config: EvaluationConfig, tokenizer: tokens.Tokenizer
+    config: EvaluationConfig, tokenizer: tokens.Tokenizer, rewards: RewardConfig
 ) -> dict[str, list[Any]]:
     """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`."""
-    examples = read_examples(config.data, config.split)
+    examples = read_examples(config.data, config.split)[: config.num_problems or None]
+    routing.check(rewards, examples)
     return all_prompts(
-        examples[: config.num_problems or None],
+        examples,
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,
     )
@@ -104,7 +107,7 @@ def evaluate(
     problems: Mapping[str, Sequence[Any]],
     tokenizer: tokens.Tokenizer,
     pool: Pool,
-    rewards: rollout.RewardConfig,
+    rewards: RewardConfig,
     config: EvaluationConfig,
     *,
     engine: sampler.Engine,
@@ -121,14 +124,16 @@ def evaluate(
     """
 
     def correct(num_samples, sampling):
-        collected, _, _ = rollout.collect(
+        groups, _, _ = rollout.collect(
             params,
             model,
             rollout.open_groups(
                 problems,
+                rewards,
                 num_samples=num_samples,
                 max_new_tokens=config.max_new_tokens,
                 key=jax.random.key(config.seed),
+                seed=f"evaluation/{config.seed}",
             ),
             tokenizer,
             pool,
@@ -140,9 +145,8 @@ def evaluate(
             dtype=dtype,
             layout=layout,
         )
-        rollouts.append(collected)
-        right = collected.reward_B == rewards.full_credit
-        return right.reshape(-1, num_samples)
+        rollouts.append(rollout.flatten(groups, tokenizer, rewards.full_credit))
+        return rollouts[-1].correct_B.reshape(-1, num_samples)
 
     metrics: dict[str, float] = {"problems": len(problems["tokens"])}
     rollouts: list[rollout.Rollout] = []
@@ -156,8 +160,9 @@ def evaluate(
     if config.greedy:
         metrics |= interval("greedy", correct(1, config.samplings()[-1])[:, 0])
     metrics["accuracy"] = metrics[f"avg@{n}" if n else "greedy"]
-    failed = [sum(o.status == "error" for o in r.outcomes) for r in rollouts]
-    metrics["scoring_errors"] = sum(failed)
+    metrics["scoring_errors"] = sum(
+        not np.isfinite(outcome.score) for r in rollouts for outcome in r.outcomes
+    )
     return metrics, rollouts
 
 
@@ -219,7 +224,7 @@ class CommandConfig:
     dtype: str
     mesh: MeshConfig
     sampler: sampler.Engine
-    rewards: rollout.RewardConfig
+    rewards: RewardConfig
     evaluation: EvaluationConfig
 
 
@@ -241,14 +246,14 @@ def main(argv: list[str]) -> None:
 
     path = flags.model or flags.workdir or c.init_from
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
-    problems = load_problems(c.evaluation, tokenizer)
+    problems = load_problems(c.evaluation, tokenizer, c.rewards)
     if path:
         params, model = checkpoint.load_model(path)
     else:
         params, model = qwen3.init_params(c.model, jax.random.key(c.seed)), c.model
     layout = Layout(make_mesh(c.mesh), c.mesh.rules)
     params = put(params, qwen3.params_shardings(model, layout))
-    with rollout.make_pool(c.rewards) as pool:
+    with routing.make_pool(c.rewards) as pool:
         metrics, rollouts = evaluate(
             params,
             model,
@@ -263,20 +268,17 @@ def main(argv: list[str]) -> None:
         )
     print(json.dumps(metrics, indent=2))
     if output:
-        metrics["per_problem"] = per_problem(problems, rollouts, c.rewards.full_credit)
+        metrics["per_problem"] = per_problem(problems, rollouts)
         epath.Path(output).write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def per_problem(
     problems: Mapping[str, Sequence[Any]],
     rollouts: Sequence[rollout.Rollout],
-    full_credit: float,
 ) -> list[dict[str, Any]]:
     """A dict a problem: what it is, and the share of right answers of each rollout."""
     num = len(problems["tokens"])
-    shares = [
-        (one.reward_B == full_credit).reshape(num, -1).mean(axis=1) for one in rollouts
-    ]
+    shares = [one.correct_B.reshape(num, -1).mean(axis=1) for one in rollouts]
     return [
         {
             "prompt_id": problems["prompt_ids"][i],

@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 from klear_jax import (
+    batch,
     checkpoint,
     evaluate,
     losses,
@@ -30,6 +31,7 @@ from klear_jax.data.batches import prompt_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
+from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
@@ -99,7 +101,7 @@ class GppoConfig:
     data: DataConfig
     rollout: rollout.RolloutConfig
     sampler: sampler.Engine
-    rewards: rollout.RewardConfig
+    rewards: routing.RewardConfig
     loss: LossConfig
     minibatch_prompts: int
     micro_rows: int
@@ -164,23 +166,25 @@ def read_inputs(config: GppoConfig) -> Inputs:
         sampler.check_engine(config.sampler, layout, row_tokens)
     tokenizer = tokens.load(config.tokenizer)
     tokens.check_fits(tokenizer, config.model.vocab_size)
+    examples = read_examples(config.data.path, config.data.split)
+    routing.check(config.rewards, examples)
     prompts = prompt_batches(
-        read_examples(config.data.path, config.data.split),
+        examples,
         tokenizer,
         prompts_per_step=config.rollout.prompts,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.seed,
         too_long=config.data.too_long,
     )
-    problems = evaluate.load_problems(config.evaluation, tokenizer)
+    problems = evaluate.load_problems(config.evaluation, tokenizer, config.rewards)
     return Inputs(layout, tokenizer, prompts, problems)
 
 
 def run(config: GppoConfig) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands."""
     inputs = read_inputs(config)
-    layout, tokenizer, prompts = inputs.layout, inputs.tokenizer, inputs.prompts
-    pool = rollout.make_pool(config.rewards)
+    layout, tokenizer = inputs.layout, inputs.tokenizer
+    pool = routing.make_pool(config.rewards)
     checkpoint.open_workdir(config, tokenizer)
 
     with (
@@ -189,14 +193,13 @@ def run(config: GppoConfig) -> None:
         Compilations() as compilations,
         pool,
     ):
-        first, key = checkpoints.steps_done, jax.random.key(config.seed)
-        full_credit = config.rewards.full_credit
+        first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
             checkpoints,
-            prompts,
+            inputs.prompts,
             init_from=config.init_from,
             config=config.model,
-            key=key,
+            key=jax.random.key(config.seed),
             tx=optim.optimizer(config.optim),
             layout=layout,
         )
@@ -210,31 +213,25 @@ def run(config: GppoConfig) -> None:
         watch = Stopwatch()
         for step in bar:
             with watch.phase("sample"):
-                new = rollout.open_groups(
-                    next(prompts),
-                    num_samples=config.rollout.samples_per_prompt,
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    key=jax.random.fold_in(key, step),
-                )
                 samples, going_on, counts = sample(
-                    state.params, going_on + new, step, pool, config, inputs
+                    state.params, going_on, step, pool, config, inputs
                 )
-                chosen = rollout.select(samples, config.rollout, full_credit)
-                rows = rollout.make_rows(samples, chosen, config.rollout)
+                chosen, surplus = batch.select(samples, config.rollout)
+                rows = batch.make_rows(samples, chosen, config.rollout)
+                if config.rollout.surplus == "carry":
+                    going_on = surplus + going_on
             with watch.phase("score"):
                 policy = functools.partial(
                     old_logprobs, score, config, layout, state.params
                 )
                 rows["old_logp"] = policy(rows)
-                going_on = rollout.score_open(
-                    going_on, policy, config.rollout.row_tokens
-                )
+                going_on = batch.score_open(going_on, policy, config.rollout.row_tokens)
             with watch.phase("update"):
                 rate = optim.learning_rate(config.optim, step, config.num_steps)
-                minis = rollout.mini_batches(
+                minis = batch.mini_batches(
                     rows,
                     samples.group_B[chosen],
-                    samples.reward_B[chosen] == full_credit,
+                    samples.reward_B[chosen] == config.rewards.full_credit,
                     prompts=config.minibatch_prompts,
                     aggregation=config.loss.aggregation,
                 )
@@ -242,10 +239,11 @@ def run(config: GppoConfig) -> None:
             for metrics in found:
                 require_finite(metrics, rows, config.workdir, step)
             values = {
-                **rollout.sample_metrics(samples, chosen, full_credit, step),
+                **batch.sample_metrics(samples, chosen, config.rewards, step),
                 **update_metrics(found),
                 **logprob_gap(rows),
                 **sampler_metrics(counts),
+                "samples/groups_surplus": len(surplus),
                 "samples/groups_going_on": len(going_on),
                 "learning_rate": rate,
             }
@@ -258,39 +256,71 @@ def run(config: GppoConfig) -> None:
                 compilations.close()
             values["compilations/unplanned"] = compilations.unplanned
             writer.write(step, values | watch.lap())
-            writer.write_samples(step, rollout.sample_rows(samples, chosen, rows))
+            writer.write_samples(step, batch.sample_rows(samples, chosen, rows))
             bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
                 pending = rollout.to_json(going_on)
                 with compilations.open_again():  # orbax cuts what is replicated.
-                    checkpoints.save(step + 1, state, prompts, pending)
+                    checkpoints.save(step + 1, state, inputs.prompts, pending)
 
 
 def sample(
     params: qwen3.Params,
-    groups: Sequence[rollout.OpenGroup],
+    going_on: Sequence[rollout.OpenGroup],
     step: int,
     pool: Pool,
     config: GppoConfig,
     inputs: Inputs,
-) -> tuple[rollout.Rollout, list[rollout.OpenGroup], dict[str, float]]:
-    """`rollout.collect` as the config says."""
-    return rollout.collect(
-        params,
-        config.model,
-        groups,
-        inputs.tokenizer,
-        pool,
-        config.rewards,
-        sampling=config.rollout.sampling(),
-        engine=config.sampler,
-        slot_tokens=config.rollout.row_tokens,
-        stop_strings=config.rollout.stop_strings,
-        step=step,
-        finish_fraction=config.rollout.finish_fraction,
-        dtype=jnp.dtype(config.dtype),
-        layout=inputs.layout,
-    )
+) -> tuple[rollout.Rollout, list[rollout.OpenGroup], list[dict[str, float]]]:
+    """Draws and scores batches of prompts until enough groups teach something, or there
+    have been `max_batches`.
+
+    Args:
+        going_on: groups from earlier steps.
+
+    Returns:
+        The complete groups, those that go on, and the counts of the sampler of each batch.
+    """
+    c, complete, counts = config.rollout, [], []
+    for number in range(c.max_batches):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        new = rollout.open_groups(
+            next(inputs.prompts),
+            config.rewards,
+            num_samples=c.samples_per_prompt,
+            max_new_tokens=c.max_new_tokens,
+            key=jax.random.fold_in(key, number) if number else key,
+            seed=f"{config.seed}/{step}",
+        )
+        done, going_on, count = rollout.collect(
+            params,
+            config.model,
+            [*going_on, *new],
+            inputs.tokenizer,
+            pool,
+            config.rewards,
+            sampling=c.sampling(),
+            engine=config.sampler,
+            slot_tokens=c.row_tokens,
+            stop_strings=c.stop_strings,
+            step=step,
+            finish_fraction=c.finish_fraction,
+            dtype=jnp.dtype(config.dtype),
+            layout=inputs.layout,
+        )
+        complete += done
+        counts.append(count)
+        samples = rollout.flatten(
+            complete,
+            inputs.tokenizer,
+            config.rewards.full_credit,
+            overlong_tokens=c.overlong_tokens,
+            overlong_penalty=c.overlong_penalty,
+        )
+        chosen, _ = batch.select(samples, c)
+        if len(np.unique(samples.group_B[chosen])) == c.max_groups:
+            break
+    return samples, going_on, counts
 
 
 def learn(
@@ -305,8 +335,8 @@ def learn(
     way."""
     found = []
     for mini in minis:
-        batch, count = place(mini, config.minibatch_prompts, config, layout)
-        state, metrics = update(state, batch, count, rate)
+        placed, count = place(mini, config.minibatch_prompts, config, layout)
+        state, metrics = update(state, placed, count, rate)
         found.append(metrics)
     return state, jax.device_get(found)
 
@@ -345,10 +375,10 @@ def place(
 ) -> tuple[steps.Batch, int]:
     """Rows as micro-batches on the devices, with room for the samples of so many prompts,
     and how many micro-batches are real."""
-    batch = steps.micro_batches(
+    placed = steps.micro_batches(
         rows, config.micro_rows, num_micro(config, prompts), layout
     )
-    return batch, -(-len(rows["tokens"]) // config.micro_rows)
+    return placed, -(-len(rows["tokens"]) // config.micro_rows)
 
 
 def old_logprobs(
@@ -365,8 +395,8 @@ def old_logprobs(
     scored = np.empty(rows["tokens"].shape, np.float32)
     for start in range(0, len(scored), room):
         part = {name: x[start : start + room] for name, x in inputs.items()}
-        batch, count = place(part, config.rollout.max_groups, config, layout)
-        logp_MBT = jax.device_get(score(params, batch, count))
+        placed, count = place(part, config.rollout.max_groups, config, layout)
+        logp_MBT = jax.device_get(score(params, placed, count))
         logp_BT = logp_MBT.reshape(-1, logp_MBT.shape[-1])
         scored[start : start + room] = logp_BT[: len(part["tokens"])]
     earlier = rows["earlier_logp"]
@@ -382,10 +412,16 @@ def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def sampler_metrics(counts: dict[str, float]) -> dict[str, float]:
-    """The counts of `sampler.sample_groups`, by the names of metrics."""
+def sampler_metrics(counts: list[dict[str, float]]) -> dict[str, float]:
+    """The counts of `sampler.sample_groups` for each batch -> of the step, as metrics."""
+    values = {name: sum(count[name] for count in counts) for name in counts[0]}
+    values["peak_pages"] = max(count["peak_pages"] for count in counts)
+    values["occupancy"] = sum(
+        count["occupancy"] * count["decode_steps"] for count in counts
+    ) / max(values["decode_steps"], 1)
+    values["batches"] = len(counts)
     names = {"reshard_seconds": "seconds/reshard"}
-    return {names.get(name, f"sampler/{name}"): x for name, x in counts.items()}
+    return {names.get(name, f"sampler/{name}"): x for name, x in values.items()}
 
 
 def update_metrics(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
@@ -393,12 +429,13 @@ def update_metrics(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
     clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
     (advantage not 0, old log-prob below losses.MOVABLE_LOGP); grad_mass/REGION: of the
-    sum of weight |dloss/dlogp|. A step without a mini-batch has only updates = 0.
+    sum of weight |dloss/dlogp|; REGION is low, high, dual or inside. A step without a
+    mini-batch has only updates = 0.
     """
     values = {"updates": len(found)}
     if not found:
         return values
-    total = {name: float(sum(metrics[name] for metrics in found)) for name in found[0]}
+    total = {name: sum(metrics[name] for metrics in found) for name in found[0]}
     for name in (
         "loss",
         "policy_loss",
@@ -407,19 +444,39 @@ def update_metrics(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
         "kl_old",
         "grad_norm",
     ):
-        values[name] = total[name] / len(found)
+        values[name] = float(total[name] / len(found))
     values["grad_norm_max"] = float(max(metrics["grad_norm"] for metrics in found))
-    values["update_norm"] = total["update_norm"] / len(found)
+    values["update_norm"] = float(total["update_norm"] / len(found))
     values["param_norm"] = float(found[-1]["param_norm"])
-    values["ratio_capped"] = total["ratio_capped"]
+    values["ratio_capped"] = float(total["ratio_capped"])
+    values |= ratio_percentiles(total["ratios_below"], total["tokens"])
     for title, name in (
         ("clip", "tokens"),
         ("clip_movable", "movable"),
         ("grad_mass", "grad_mass"),
     ):
+        whole, inside = max(float(total[name]), 1e-30), 1.0
         for region in ("low", "high", "dual"):
-            values[f"{title}/{region}"] = total[f"{name}_{region}"] / max(
-                total[name], 1e-30
-            )
-    values["clip/movable_tokens"] = total["movable"]
+            share = float(total[f"{name}_{region}"]) / whole
+            values[f"{title}/{region}"] = share
+            inside -= share
+        values[f"{title}/inside"] = inside
+    values["clip/movable_tokens"] = float(total["movable"])
     return values
+
+
+def ratio_percentiles(below_E: np.ndarray, tokens: float) -> dict[str, float]:
+    """Percentiles of policy over old policy, from counts below the edges of bins; exact
+    to 2.5% between ratios of 0.22 and 4.5. The smallest and largest are those of their bin's
+    outer edge."""
+    edges_E = losses.LOG_RATIO_EDGES
+    values = {
+        f"ratio/p{p}": float(np.exp(np.interp(p / 100 * tokens, below_E, edges_E)))
+        for p in (1, 5, 50, 95, 99)
+    }
+    lowest = edges_E[max(np.searchsorted(below_E, 0, "right") - 1, 0)]
+    highest = edges_E[min(np.searchsorted(below_E, tokens), len(edges_E) - 1)]
+    return values | {
+        "ratio/min": float(np.exp(lowest)),
+        "ratio/max": float(np.exp(highest)),
+    }

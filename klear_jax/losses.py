@@ -35,6 +35,11 @@ AGGREGATIONS = (
 MAX_LOG_RATIO = 30.0
 # A token moves a policy noticeably when it was not almost certain: its old log-prob.
 MOVABLE_LOGP = -0.05
+# Of the histogram of log-ratios, nats: 2.5% wide where ratios are as a rule, 0 in the middle
+# of a bin.
+LOG_RATIO_EDGES = np.float32(
+    [*(-30, -10, -5, -3, -2), *np.linspace(-1.5125, 1.5125, 122), *(2, 3, 5, 10, 30)]
+)
 
 
 @jax.custom_vjp
@@ -260,6 +265,15 @@ def policy_loss(
 
 def _count(condition_BT: jax.Array) -> jax.Array:
     return jnp.sum(condition_BT, dtype=jnp.float32)
+
+
+def ratios_below(
+    logp_BT: jax.Array, old_logp_BT: jax.Array, weight_BT: jax.Array
+) -> jax.Array:
+    """How many weighed tokens have a log-ratio below each of LOG_RATIO_EDGES, [E] float32."""
+    x_BT1 = (logp_BT - old_logp_BT)[..., None]
+    below_BTE = (weight_BT != 0)[..., None] & (x_BT1 < LOG_RATIO_EDGES[None, None])
+    return jnp.sum(below_BTE, axis=(0, 1), dtype=jnp.float32)
 
 
 def positive_lm_loss(logp_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:

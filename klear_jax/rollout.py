@@ -1,25 +1,30 @@
-"""Prompts -> samples -> rewards -> advantages -> rows of a batch.
+"""Prompts -> samples -> rewards: one rollout batch, in groups that may outlive a step.
 
-Shape letters: B samples of a step, T tokens of a row (prompt and response).
+Shape letters: B samples of a step.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klear_jax import advantages, losses, qwen3, sampler
+from klear_jax import qwen3, sampler
 from klear_jax.errors import InputError
-from klear_jax.rewards.pool import Outcome, Pool, find_reward
+from klear_jax.rewards import routing
+from klear_jax.rewards.pool import Outcome, Pool
+from klear_jax.rewards.routing import RewardConfig
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout
 from klear_jax.tokens import Tokenizer, cut_at_stop
 
 FILTERS = ("reward", "accuracy", "none")
+# 'carry' keeps them for one more step, with the old log-probs of the one that drew them.
+SURPLUS = ("discard", "carry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +43,19 @@ class RolloutConfig:
     # the next one, which then waits for them. 1: wait for all.
     finish_fraction: float
     stop_strings: tuple[str, ...]  # End a response, beside the tokenizer's stop ids.
-    filter: str  # Drop groups of equal 'reward' (paper), of equal 'accuracy' (code), or 'none'.
+    max_batches: int  # Of prompts, generated until the filter has left max_groups.
+    surplus: str  # What becomes of good groups beyond max_groups, one of `SURPLUS`.
+    # Drop groups of equal 'reward' (paper), of equal 'accuracy' (code), or 'none'.
+    filter: str
+    max_accuracy: float  # Drop groups in which a larger share is right; 1: none.
     normalize_std: bool  # Divide advantages by the group's standard deviation.
+    drop_unfinished: (
+        bool  # Samples cut off at the limit are not trained on, nor compared.
+    )
+    # A response's reward falls over its last so many tokens, down to overlong_penalty at
+    # the limit. 0 tokens: never.
+    overlong_tokens: int
+    overlong_penalty: float
 
     def __post_init__(self):
         for name in (
@@ -48,6 +64,7 @@ class RolloutConfig:
             "samples_per_prompt",
             "max_prompt_tokens",
             "max_new_tokens",
+            "max_batches",
         ):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -58,6 +75,19 @@ class RolloutConfig:
         if self.filter not in FILTERS:
             raise InputError(
                 f"rollout.filter must be one of {FILTERS}, not {self.filter!r}"
+            )
+        if self.surplus not in SURPLUS:
+            raise InputError(
+                f"rollout.surplus must be one of {SURPLUS}, not {self.surplus!r}"
+            )
+        if not 0 < self.max_accuracy <= 1:
+            raise InputError(
+                f"rollout.max_accuracy must be in (0, 1], not {self.max_accuracy}"
+            )
+        if not 0 <= self.overlong_tokens <= self.max_new_tokens:
+            raise InputError(
+                "rollout.overlong_tokens must be from 0 to max_new_tokens, not "
+                f"{self.overlong_tokens}"
             )
         if not 0 < self.finish_fraction <= 1:
             raise InputError(
@@ -74,57 +104,48 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    """How responses are scored."""
-
-    kind: str  # A key of rewards.pool.REWARDS, or 'module:function'.
-    options: Mapping[str, float]  # Keyword arguments of the reward: its values.
-    full_credit: float  # The reward of a sample that counts as right, and as positive.
-    num_workers: int
-    task_timeout_s: float
-    memory_mb: int  # Address space of a worker, MiB.
-
-
-def make_pool(config: RewardConfig) -> Pool:
-    """Workers for the reward; an InputError if it does not exist."""
-    find_reward(config.kind)
-    return Pool(
-        config.num_workers,
-        task_timeout_s=config.task_timeout_s,
-        memory_mb=config.memory_mb,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class OpenGroup:
-    """A prompt whose samples are still to be drawn, or to be drawn to their end."""
+    """A prompt whose samples are drawn, or still to be."""
 
     problem: str
-    answer: Any
+    source: str  # The row's data_source, '' for none.
+    answer: Any  # What its samples are scored against.
     group: sampler.Group  # Its key is that of the step that began it.
     # Of each sample, for each token so far: the step whose policy drew it, int32, and the
     # log-prob which the trainer gave it at the end of that step, float32.
     policy_steps: Sequence[np.ndarray]
     old_logp: Sequence[np.ndarray]
     outcomes: Sequence[Outcome | None]  # Of the samples that have ended.
-    carried: bool  # It was begun in an earlier step.
+    carried: bool  # It was begun in an earlier step, or an earlier batch of this one.
+
+    @property
+    def left(self) -> int:
+        """Samples that have not ended."""
+        return sum(not self.group.ended(sample) for sample in self.group.samples)
 
 
 def open_groups(
     prompts: Mapping[str, Sequence[Any]],
+    rewards: RewardConfig,
     *,
     num_samples: int,
     max_new_tokens: int,
     key: jax.Array,
+    seed: str,
 ) -> list[OpenGroup]:
-    """New groups, of prompts with tokens, prompt_ids, answers and problems."""
-    columns = (
-        prompts[name] for name in ("problems", "answers", "tokens", "prompt_ids")
-    )
+    """New groups, of prompts as `data.batches.all_prompts` has them.
+
+    Args:
+        key: of the samples.
+        seed: of the choice of tests to score them with.
+    """
+    names = ("problems", "sources", "answers", "tokens", "prompt_ids")
+    columns = (prompts[name] for name in names)
     return [
         OpenGroup(
             problem,
-            answer,
+            source,
+            routing.ground_truth(rewards, source, answer, f"{seed}/{name}"),
             sampler.Group(
                 ids, int(name), key, max_new_tokens, [sampler.NOT_BEGUN] * num_samples
             ),
@@ -133,26 +154,8 @@ def open_groups(
             outcomes=[None] * num_samples,
             carried=False,
         )
-        for problem, answer, ids, name in zip(*columns, strict=True)
+        for problem, source, answer, ids, name in zip(*columns, strict=True)
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """The complete groups of one step, sample by sample; lists and arrays are B long."""
-
-    problems: list[str]
-    prompts: list[Sequence[int]]  # Token ids.
-    samples: list[sampler.Sample]
-    policy_steps: list[np.ndarray]  # [n] int32 each, as `OpenGroup`.
-    old_logp: list[np.ndarray]  # Of the tokens from earlier steps: up to [n] each.
-    texts: list[str]  # Responses, decoded.
-    outcomes: list[Outcome]
-    reward_B: np.ndarray  # float32; nan where scoring failed by our fault.
-    group_B: np.ndarray  # The prompt of each sample, 0, 1, ...
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
 
 def collect(
@@ -171,11 +174,11 @@ def collect(
     finish_fraction: float = 1.0,
     dtype: jnp.dtype | None = None,
     layout: Layout | None = None,
-) -> tuple[Rollout, list[OpenGroup], dict[str, float]]:
+) -> tuple[list[OpenGroup], list[OpenGroup], dict[str, float]]:
     """Samples responses and scores each while others are still being decoded.
 
     Args:
-        groups: to draw, those carried from an earlier step first.
+        groups: to draw, those carried first.
         stop_strings: text that ends a response, beside the tokenizer's stop ids. The sampler,
             which knows no text, goes on to a stop id or the limit; what is behind is cut off.
         step: of the policy.
@@ -183,26 +186,30 @@ def collect(
         sampling, engine, slot_tokens, dtype, layout: see `sampler.sample_groups`.
 
     Returns:
-        The complete groups, those that go on (without `old_logp` for the new tokens), and
-        the counts of the sampler.
+        The complete groups, those that go on (both without `old_logp` for the new tokens),
+        and the counts of the sampler.
     """
     samples = [list(open_.group.samples) for open_ in groups]
-    left = [sum(not g.group.ended(s) for s in g.group.samples) for g in groups]
-    futures: dict[tuple[int, int], Any] = {}
+    left = [open_.left for open_ in groups]
+    least = [i for i, open_ in enumerate(groups) if open_.carried]
+    # Less than a rounding error of the product is no group.
+    enough_groups = math.ceil(finish_fraction * sum(map(bool, left)) - 1e-9)
+    enough_groups += left.count(0)
+    scores: dict[tuple[int, int], futures.Future[Outcome]] = {}
 
     def finish(i: int, j: int, sample: sampler.Sample) -> None:
         samples[i][j] = cut(sample, tokenizer, stop_strings)
-        text = tokenizer.decode(samples[i][j].tokens)
-        futures[i, j] = pool.submit(
-            rewards.kind, text, groups[i].answer, **rewards.options
+        kind = rewards.kinds[rewards.kind_of(groups[i].source)]
+        scores[i, j] = pool.submit(
+            kind.function,
+            tokenizer.decode(samples[i][j].tokens),
+            groups[i].answer,
+            **kind.options,
         )
         left[i] -= 1
 
     def enough() -> bool:
-        if any(n for n, open_ in zip(left, groups, strict=True) if open_.carried):
-            return False
-        # Less than a rounding error of the product is no group.
-        return left.count(0) >= math.ceil(finish_fraction * len(groups) - 1e-9)
+        return left.count(0) >= enough_groups and not any(left[i] for i in least)
 
     found, counts = sampler.sample_groups(
         params,
@@ -220,50 +227,120 @@ def collect(
     # A stop string may have ended what the sampler would go on with.
     for i, group in enumerate(found):
         for j, sample in enumerate(group.samples):
-            if (i, j) not in futures and groups[i].outcomes[j] is None:
+            if (i, j) not in scores and groups[i].outcomes[j] is None:
                 samples[i][j] = cut(sample, tokenizer, stop_strings)
                 if group.ended(samples[i][j]):
                     finish(i, j, samples[i][j])
-    outcomes = [
-        [
-            futures[i, j].result() if (i, j) in futures else outcome
-            for j, outcome in enumerate(open_.outcomes)
-        ]
-        for i, open_ in enumerate(groups)
-    ]
+    outcomes = _wait(scores, rewards.step_timeout_s)
     after = [
-        dataclasses.replace(
+        _advance(
             open_,
-            group=dataclasses.replace(open_.group, samples=samples[i]),
-            policy_steps=[
-                np.append(old, np.full(len(s.tokens) - len(old), step, np.int32))
-                for old, s in zip(open_.policy_steps, samples[i], strict=True)
-            ],
-            outcomes=outcomes[i],
-            carried=True,
+            samples[i],
+            [outcomes.get((i, j), old) for j, old in enumerate(open_.outcomes)],
+            step,
         )
         for i, open_ in enumerate(groups)
     ]
     complete = [open_ for open_, n in zip(after, left, strict=True) if not n]
-    going_on = [open_ for open_, n in zip(after, left, strict=True) if n]
-    return _rollout(complete, tokenizer), going_on, counts
+    return complete, [open_ for open_, n in zip(after, left, strict=True) if n], counts
 
 
-def _rollout(groups: Sequence[OpenGroup], tokenizer: Tokenizer) -> Rollout:
-    """Complete groups, flat."""
+def _wait(
+    scores: Mapping[tuple[int, int], futures.Future[Outcome]], timeout_s: float
+) -> dict[tuple[int, int], Outcome]:
+    """The outcomes; 'late' for those that do not come in time, which is our fault."""
+    futures.wait(scores.values(), timeout_s)
+    late = Outcome(math.nan, "late", f"not scored within {timeout_s} s of the step")
+    # What could not be cancelled is done, or being done.
+    return {
+        name: late if score.cancel() or not score.done() else score.result()
+        for name, score in scores.items()
+    }
+
+
+def _advance(
+    open_: OpenGroup,
+    samples: Sequence[sampler.Sample],
+    outcomes: Sequence[Outcome | None],
+    step: int,
+) -> OpenGroup:
+    """The group after a phase, its new tokens drawn by the policy of `step`."""
+    new = [
+        len(sample.tokens) - len(old)
+        for sample, old in zip(samples, open_.policy_steps, strict=True)
+    ]
+    return dataclasses.replace(
+        open_,
+        group=dataclasses.replace(open_.group, samples=samples),
+        policy_steps=[
+            np.append(old, np.full(n, step, np.int32))
+            for old, n in zip(open_.policy_steps, new, strict=True)
+        ],
+        outcomes=outcomes,
+        carried=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The complete groups of a step, sample by sample; lists and arrays are B long."""
+
+    groups: list[OpenGroup]
+    group_B: np.ndarray  # The group of each sample, its index in `groups`.
+    samples: list[sampler.Sample]
+    policy_steps: list[np.ndarray]  # [n] int32 each, as `OpenGroup`.
+    old_logp: list[np.ndarray]  # Of the tokens from earlier steps: up to [n] each.
+    texts: list[str]  # Responses, decoded.
+    outcomes: list[Outcome]
+    penalty_B: np.ndarray  # float32, for the length: not above 0.
+    reward_B: np.ndarray  # float32, score + penalty; nan where it failed by our fault.
+    correct_B: np.ndarray  # Whether the score is full credit.
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def group_of(self, b: int) -> OpenGroup:
+        return self.groups[self.group_B[b]]
+
+
+def flatten(
+    groups: Sequence[OpenGroup],
+    tokenizer: Tokenizer,
+    full_credit: float,
+    *,
+    overlong_tokens: int = 0,
+    overlong_penalty: float = 0.0,
+) -> Rollout:
+    """Complete groups, sample by sample.
+
+    Args:
+        full_credit: the score of a right answer.
+        overlong_tokens, overlong_penalty: as in `RolloutConfig`.
+    """
     pairs = [(g, j) for g, x in enumerate(groups) for j in range(len(x.outcomes))]
     samples = [groups[g].group.samples[j] for g, j in pairs]
     outcomes = [groups[g].outcomes[j] for g, j in pairs]
+    score_B = np.array([outcome.score for outcome in outcomes], np.float32)
+    over_B = np.array(
+        [
+            len(sample.tokens) - groups[g].group.limit + overlong_tokens
+            for sample, (g, _) in zip(samples, pairs, strict=True)
+        ]
+    )
+    penalty_B = np.float32(
+        -overlong_penalty * np.maximum(over_B, 0) / max(overlong_tokens, 1)
+    )
     return Rollout(
-        problems=[groups[g].problem for g, _ in pairs],
-        prompts=[groups[g].group.prompt for g, _ in pairs],
+        groups=list(groups),
+        group_B=np.array([g for g, _ in pairs], int),
         samples=samples,
         policy_steps=[groups[g].policy_steps[j] for g, j in pairs],
         old_logp=[groups[g].old_logp[j] for g, j in pairs],
         texts=[tokenizer.decode(sample.tokens) for sample in samples],
         outcomes=outcomes,
-        reward_B=np.array([outcome.score for outcome in outcomes], np.float32),
-        group_B=np.array([g for g, _ in pairs], int),
+        penalty_B=penalty_B,
+        reward_B=score_B + penalty_B,
+        correct_B=score_B == full_credit,
     )
 
 
@@ -277,113 +354,6 @@ def cut(
     return sampler.Sample(list(kept), sample.logprobs[: len(kept)], finished=True)
 
 
-def select(rollout: Rollout, config: RolloutConfig, full_credit: float) -> np.ndarray:
-    """Indices of the samples to train on, groups whole and in order, [b] int.
-
-    Samples that our own fault left without a reward are out before anything is compared,
-    and so is a sample that this leaves without another to compare with. Then groups that
-    teach nothing are dropped, and what exceeds `max_groups`.
-    """
-    scored_B = np.isfinite(rollout.reward_B)
-    if config.samples_per_prompt > 1:
-        scored_B &= np.bincount(rollout.group_B, scored_B)[rollout.group_B] > 1
-    (scored,) = np.nonzero(scored_B)
-    reward_B, group_B = rollout.reward_B[scored], rollout.group_B[scored]
-    keep_B = np.ones(len(scored), bool)
-    if config.filter == "reward":
-        keep_B = advantages.informative(reward_B, group_B)
-    elif config.filter == "accuracy":
-        keep_B = advantages.informative(reward_B == full_credit, group_B)
-    kept = scored[keep_B]
-    groups = advantages.groups(rollout.group_B[kept])[: config.max_groups]
-    return kept[np.concatenate(groups)] if groups else kept
-
-
-def lay_out(
-    prompts: Sequence[Sequence[int]],
-    samples: Sequence[sampler.Sample],
-    old_logp: Sequence[np.ndarray],
-    row_tokens: int,
-) -> dict[str, np.ndarray]:
-    """One row [T] a sample: its prompt, its response, padding.
-
-    Returns:
-        tokens, positions, segment_ids, mask (1 on the response), behaviour_logp (the
-        sampler's log-probs), earlier_logp (`OpenGroup.old_logp`; nan where it is still to
-        be scored): each [B, T].
-    """
-    B, T = len(samples), row_tokens
-    tokens_BT, mask_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    segment_ids_BT = np.zeros((B, T), np.int32)
-    behaviour_logp_BT = np.zeros((B, T), np.float32)
-    earlier_logp_BT = np.full((B, T), np.nan, np.float32)
-    for row, (prompt, sample, old) in enumerate(
-        zip(prompts, samples, old_logp, strict=True)
-    ):
-        start, end = len(prompt), len(prompt) + len(sample.tokens)
-        tokens_BT[row, :end] = [*prompt, *sample.tokens]
-        segment_ids_BT[row, :end] = 1
-        mask_BT[row, start:end] = 1
-        behaviour_logp_BT[row, start:end] = sample.logprobs
-        earlier_logp_BT[row, start : start + len(old)] = old
-    return {
-        "tokens": tokens_BT,
-        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-        "segment_ids": segment_ids_BT,
-        "mask": mask_BT,
-        "behaviour_logp": behaviour_logp_BT,
-        "earlier_logp": earlier_logp_BT,
-    }
-
-
-def make_rows(
-    rollout: Rollout, chosen: np.ndarray, config: RolloutConfig
-) -> dict[str, np.ndarray]:
-    """The rows of the chosen samples, as `lay_out`, with their advantage [b, T]."""
-    rows = lay_out(
-        [rollout.prompts[b] for b in chosen],
-        [rollout.samples[b] for b in chosen],
-        [rollout.old_logp[b] for b in chosen],
-        config.row_tokens,
-    )
-    advantage_B = advantages.group_relative(
-        rollout.reward_B[chosen],
-        rollout.group_B[chosen],
-        normalize_std=config.normalize_std,
-    )
-    return rows | {
-        "advantage": np.where(rows["mask"], advantage_B[:, None], np.float32(0))
-    }
-
-
-def score_open(
-    groups: Sequence[OpenGroup],
-    score: Callable[[Mapping[str, np.ndarray]], np.ndarray],
-    row_tokens: int,
-) -> list[OpenGroup]:
-    """Groups that go on, with the old log-probs of the tokens of this step.
-
-    Args:
-        score: rows (as `lay_out`) -> the trainer's log-probs [B, T], `earlier_logp` kept.
-    """
-    samples = [sample for open_ in groups for sample in open_.group.samples]
-    rows = lay_out(
-        [open_.group.prompt for open_ in groups for _ in open_.group.samples],
-        samples,
-        [old for open_ in groups for old in open_.old_logp],
-        row_tokens,
-    )
-    logp_BT = score(rows)
-    logp = iter(
-        logp_T[mask_T != 0]
-        for logp_T, mask_T in zip(logp_BT, rows["mask"], strict=True)
-    )
-    return [
-        dataclasses.replace(open_, old_logp=[next(logp) for _ in open_.group.samples])
-        for open_ in groups
-    ]
-
-
 def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
     """Groups as a checkpoint keeps them; float32 survives exactly."""
 
@@ -391,6 +361,7 @@ def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
         group = open_.group
         return {
             "problem": open_.problem,
+            "source": open_.source,
             "answer": open_.answer,
             "prompt": list(map(int, group.prompt)),
             "prompt_id": group.prompt_id,
@@ -430,6 +401,7 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
         ]
         return OpenGroup(
             row["problem"],
+            row["source"],
             row["answer"],
             sampler.Group(row["prompt"], row["prompt_id"], key, row["limit"], samples),
             policy_steps=[np.array(x["policy_steps"], np.int32) for x in found],
@@ -439,105 +411,3 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
         )
 
     return [one(row) for row in rows]
-
-
-RECORDED = ("behaviour_logp", "earlier_logp")  # Of rows: no update reads them.
-
-
-def mini_batches(
-    rows: Mapping[str, np.ndarray],
-    groups_B: np.ndarray,
-    positive_B: np.ndarray,
-    *,
-    prompts: int,
-    aggregation: losses.Aggregation,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Splits rows into mini-batches of whole groups, and weighs their tokens.
-
-    At most `prompts` groups each, as equal as can be: a short step gives fewer updates,
-    never one of a few stray groups.
-
-    Args:
-        rows: [b, T] each, from `make_rows`, with old_logp.
-        groups_B: the group of each row.
-        positive_B: rows of full credit.
-
-    Yields:
-        What `steps.gppo_loss` reads: rows with weight and positive_weight.
-    """
-    groups = advantages.groups(groups_B)
-    count = -(-len(groups) // prompts)
-    for part in np.array_split(np.arange(len(groups)), count) if count else []:
-        index = np.concatenate([groups[g] for g in part])
-        mini = {name: x[index] for name, x in rows.items() if name not in RECORDED}
-        mask_BT = mini.pop("mask")
-        mini["weight"] = losses.token_weights(mask_BT, aggregation)
-        mini["positive_weight"] = losses.token_weights(
-            mask_BT * positive_B[index, None], aggregation
-        )
-        yield mini
-
-
-def sample_metrics(
-    rollout: Rollout, chosen: np.ndarray, full_credit: float, step: int
-) -> dict[str, float]:
-    """What the samples of a step look like, before and after the filter."""
-    length_B = np.array([len(sample.tokens) for sample in rollout.samples])
-    scored_B = np.isfinite(rollout.reward_B)
-    correct_B = rollout.reward_B == full_credit
-    status = [outcome.status for outcome in rollout.outcomes]
-    groups = advantages.groups(rollout.group_B)
-    return {
-        "reward/mean": float(rollout.reward_B[scored_B].mean())
-        if scored_B.any()
-        else np.nan,
-        "reward/correct": float(correct_B.mean()),
-        "reward/any_correct": float(np.mean([correct_B[g].any() for g in groups])),
-        "reward/groups_all_correct": float(
-            np.mean([correct_B[g].all() for g in groups])
-        ),
-        "reward/timeouts": status.count("timeout"),
-        "reward/deaths": status.count("died"),
-        "reward/masked_errors": status.count("error"),
-        "samples/generated": len(rollout),
-        "samples/used": len(chosen),
-        "samples/groups_used": len(np.unique(rollout.group_B[chosen])),
-        "samples/tokens": int(length_B.sum()),
-        # Drawn by the policy of an earlier step.
-        "samples/tokens_carried": sum(
-            int((steps != step).sum()) for steps in rollout.policy_steps
-        ),
-        "samples/length": float(length_B.mean()),
-        "samples/length_max": int(length_B.max()),
-        "samples/finished": float(
-            np.mean([sample.finished for sample in rollout.samples])
-        ),
-    }
-
-
-def sample_rows(
-    rollout: Rollout, chosen: np.ndarray, rows: Mapping[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    """The samples as they are written to rollouts/: one dict each.
-
-    A sample that was not trained on has the advantage null; `rows` are those of the
-    others, from `make_rows`.
-    """
-    first_B = rows["mask"].argmax(axis=1)  # A row's advantage stands on its response.
-    advantage_B = rows["advantage"][np.arange(len(chosen)), first_B]
-    advantage = dict(zip(chosen.tolist(), advantage_B.tolist(), strict=True))
-    return [
-        {
-            "prompt": rollout.problems[b],
-            "response": rollout.texts[b],
-            "reward": outcome.score if np.isfinite(outcome.score) else None,
-            "reward_status": outcome.status,
-            "advantage": advantage.get(b),
-            "group": int(rollout.group_B[b]),
-            "finished": rollout.samples[b].finished,
-            "num_tokens": len(rollout.samples[b].tokens),
-            "policy_steps": sorted(set(rollout.policy_steps[b].tolist())),
-            "logprob": float(np.sum(rollout.samples[b].logprobs)),
-        }
-        for b, outcome in enumerate(rollout.outcomes)
-    ]

@@ -18,7 +18,6 @@ from klear_jax import (
     losses,
     optim,
     qwen3,
-    rollout,
     sampler,
     steps,
     tokens,
@@ -27,6 +26,7 @@ from klear_jax.data.batches import sft_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.metrics import Stopwatch, Writer, require_finite
+from klear_jax.rewards import routing
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
 
@@ -57,7 +57,7 @@ class SftConfig:
     num_steps: int
     optim: optim.OptimConfig
     sampler: sampler.Engine
-    rewards: rollout.RewardConfig
+    rewards: routing.RewardConfig
     evaluation: evaluate.EvaluationConfig
     checkpoint: checkpoint.CheckpointConfig
 
@@ -100,9 +100,9 @@ def run(config: SftConfig) -> None:
         pack=config.data.pack,
         too_long=config.data.too_long,
     )
-    problems = evaluate.load_problems(config.evaluation, tokenizer)
+    problems = evaluate.load_problems(config.evaluation, tokenizer, config.rewards)
     num_micro = config.batch_rows // config.micro_rows
-    pool = rollout.make_pool(config.rewards)
+    pool = routing.make_pool(config.rewards)
     checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
 
     with (

@@ -171,7 +171,8 @@ def gppo_loss(
 
     Returns:
         The loss, and the metrics of `losses.policy_loss` with `policy_loss`,
-        `positive_loss` and `entropy` (sum of weight x entropy, nats).
+        `positive_loss`, `entropy` (sum of weight x entropy, nats) and `ratios_below`
+        (`losses.ratios_below`).
     """
     logp_BT, entropy_BT = logprobs.token_logprobs(
         params,
@@ -189,6 +190,9 @@ def gppo_loss(
         "policy_loss": policy_loss,
         "positive_loss": positive_loss,
         "entropy": jnp.sum(micro["weight"] * entropy_BT),
+        "ratios_below": losses.ratios_below(
+            logp_BT, micro["old_logp"], micro["weight"]
+        ),
     }
     return policy_loss + positive_coef * positive_loss, metrics
 

@@ -20,18 +20,19 @@ import numpy as np
 import pytest
 
 from klear_jax import (
+    batch,
     config,
     decoding,
     gppo,
     optim,
     qwen3,
-    rollout,
     sampler,
     sft,
     steps,
     train,
 )
 from klear_jax.errors import InputError
+from klear_jax.rewards import routing
 from klear_jax.sharding import Layout, make_mesh
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -132,6 +133,8 @@ def test_stages_share_what_they_must():
             assert len({repr(getattr(c, key)) for c in stages}) == 1, key
 
 
+VALUES = {"correct": 1.0, "wrong": -1.0, "no_think_end": -0.5, "no_think_start": -2.0}
+
 # Paper and recipe: what must not change by accident.
 NUMBERS = {
     "sft_8b": {
@@ -160,12 +163,28 @@ NUMBERS = {
         "rollout.filter": "reward",
         "rollout.normalize_std": True,
         "data.too_long": "truncate_left",
+        "rollout.max_batches": 1,
+        "rollout.surplus": "discard",
+        "rollout.max_accuracy": 1.0,
+        "rollout.drop_unfinished": False,
+        "rollout.overlong_tokens": 0,
         "rewards.kind": "math",
-        "rewards.options": {
-            "correct": 1.0,
-            "wrong": -1.0,
-            "no_think_end": -0.5,
-            "no_think_start": -2.0,
+        "rewards.kinds": {
+            "math": routing.Kind("math", VALUES),
+            "code": routing.Kind(
+                "code",
+                VALUES
+                | {
+                    "soft": True,
+                    "max_tests": 16,
+                    "memory_mb": 1024,
+                    "isolation": "auto",
+                },
+            ),
+        },
+        "rewards.sources": {
+            "math_longcot_math_verify": "math",
+            "coder1_longcot": "code",
         },
         "rewards.full_credit": 1.0,
         "loss.kind": "gppo",
@@ -194,13 +213,37 @@ NUMBERS = {
         "checkpoint.every": 5,
     },
     "gppo_code_8b": {
-        "rewards.kind": "klear_jax.rewards.code:score",
+        "rewards.kind": "code",
         "minibatch_prompts": 32,
         "optim.peak_lr": 5e-7,
         "optim.end_lr": 5e-7,
         "evaluation.num_samples": 4,
     },
 }
+
+
+VARIANTS = {
+    "clip_higher": {"loss.kind": "clip_higher"},
+    "cispo": {"loss.kind": "cispo", "loss.dual_clip": None},
+    "ce_gppo": {"loss.beta_low": 0.25},
+    "only_high": {"loss.kind": "gppo_only_high"},
+    "hard_reward": {"rewards.kinds.code.options.soft": False},
+    "alpha_0": {"loss.positive_coef": 0.0},
+    "alpha_0_05": {"loss.positive_coef": 0.05},
+    "alpha_0_2": {"loss.positive_coef": 0.2},
+    "no_filter": {"rollout.filter": "none"},
+}
+
+
+def test_variants_differ_only_in_what_they_are_named_for():
+    found = {file.stem for file in (FOLDER / "variants").glob("*.py")}
+    assert found == set(VARIANTS)
+    for name, changes in VARIANTS.items():
+        base = get("gppo_code_8b" if name == "hard_reward" else "gppo_8b")
+        base.update_from_flattened_dict(changes | {"workdir": f"runs/{name}"})
+        values = get(f"variants.{name}").to_dict()
+        assert values == base.to_dict(), name
+        assert train.parse(values)[0] == "gppo"
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -217,8 +260,7 @@ def test_code_differs_from_math_only_where_it_says():
         f"config.{key}"
         for key in (
             *("workdir", "init_from", "data.path", "minibatch_prompts"),
-            *("rewards.kind", "rewards.task_timeout_s"),
-            *("optim.peak_lr", "optim.end_lr"),
+            *("rewards.kind", "optim.peak_lr", "optim.end_lr"),
             *("evaluation.data", "evaluation.num_samples"),
         )
     }
@@ -237,7 +279,7 @@ def test_updates_of_a_rollout_batch(name, groups, sizes):
     _, c = parse(name)
     n = c.rollout.samples_per_prompt
     ones = np.ones((groups * n, 2), np.float32)
-    minis = rollout.mini_batches(
+    minis = batch.mini_batches(
         {"mask": ones, "behaviour_logp": ones},
         np.arange(groups).repeat(n),
         ones[:, 0],
@@ -305,9 +347,8 @@ def lower_train_step(c, layout, size, row):
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for x in jax.tree.leaves((state.params, state.opt_state)):
         assert x.dtype == (jnp.float32 if x.ndim else jnp.int32)
-    assert {(x.shape, x.dtype) for x in metrics.values()} == {
-        ((), jnp.dtype("float32"))
-    }
+    assert {x.dtype for x in metrics.values()} == {jnp.dtype("float32")}
+    assert {name for name, x in metrics.items() if x.shape} <= {"ratios_below"}
     return set(metrics)
 
 
@@ -332,6 +373,7 @@ def test_gppo_programs(name):
     }
     metrics = lower_train_step(c, layout, (M, B, T), GPPO_ROW)
     losses = {"policy_loss", "positive_loss", "entropy", "kl_old", "ratio_capped"}
+    losses |= {"ratios_below"}
     assert metrics == UPDATE | losses | regions
 
     M = gppo.num_micro(c, c.rollout.max_groups)

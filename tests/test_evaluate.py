@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klear_jax import evaluate, rollout, sampler
+from klear_jax import evaluate, sampler
 from klear_jax.errors import InputError
+from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Outcome
 from klear_jax.sampling import Sampling
 
@@ -32,12 +33,14 @@ CONFIG = evaluate.EvaluationConfig(
     seed=3,
     every=5,
 )
-REWARDS = rollout.RewardConfig(
+REWARDS = routing.RewardConfig(
+    kinds={"math": routing.Kind("math", {})},
+    sources={},
     kind="math",
-    options={},
     full_credit=1.0,
     num_workers=1,
     task_timeout_s=1.0,
+    step_timeout_s=1.0,
     memory_mb=1,
 )
 # Three problems, four samples and a greedy one each; the length of a sample is its number
@@ -53,6 +56,7 @@ PROBLEMS = {
     "prompt_ids": [0, 1, 2],
     "answers": ["a", "b", "c"],
     "problems": ["x", "y", "z"],
+    "sources": ["", "", ""],
 }
 
 
@@ -169,7 +173,7 @@ def test_what_could_not_be_scored_is_counted_and_not_right(calls):
 
 def test_per_problem(calls):
     _, rollouts = run(CONFIG)
-    assert evaluate.per_problem(PROBLEMS, rollouts, 1.0) == [
+    assert evaluate.per_problem(PROBLEMS, rollouts) == [
         {"prompt_id": 0, "problem": "x", "correct": [0.75, 1.0]},
         {"prompt_id": 1, "problem": "y", "correct": [0.0, 1.0]},
         {"prompt_id": 2, "problem": "z", "correct": [1.0, 0.0]},

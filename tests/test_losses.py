@@ -719,3 +719,14 @@ def test_bad_arguments_are_one_sentence_with_the_key(config, sentence):
         with pytest.raises(InputError, match=re.escape(sentence)) as error:
             call()
         assert str(value) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ratios_below_counts_weighed_tokens():
+    edges = losses.LOG_RATIO_EDGES
+    assert (np.diff(edges) > 0).all()
+    rng = np.random.default_rng(0)
+    logp, old = rng.normal(-1, 1, (2, 3, 40)).astype(np.float32)
+    weight = rng.integers(0, 2, (3, 40)).astype(np.float32)
+    got = losses.ratios_below(logp, old, weight)
+    x = (logp - old)[weight != 0]
+    assert got.tolist() == [(x < edge).sum() for edge in edges]

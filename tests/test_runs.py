@@ -279,7 +279,7 @@ BAD_INPUT = {
         "neither a Hugging Face folder",
     ),
     "no reward": (
-        lambda c, d, t: c.rewards.update(kind="none:f"),
+        lambda c, d, t: c.rewards.kinds.math.update(function="none:f"),
         "there is no module none",
     ),
     "slots do not split": (

@@ -170,7 +170,8 @@ def all_prompts(
     max_prompt_tokens: int,
     too_long: Literal["error", "truncate_left"] = "error",
 ) -> dict[str, list[Any]]:
-    """All prompts in order: lists prompt_ids, tokens (a list each), answers, problems."""
+    """All prompts in order: lists prompt_ids, tokens (a list each), answers, problems,
+    sources."""
     return _columns(_prompts(examples, tokenizer, max_prompt_tokens, too_long))
 
 
@@ -228,6 +229,7 @@ def _prompts(
                 "tokens": tokens[-max_prompt_tokens:],
                 "answers": example.answer,
                 "problems": example.problem,
+                "sources": example.source,
             }
         )
     return prompts

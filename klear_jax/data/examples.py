@@ -1,4 +1,9 @@
-"""Examples from a TFDS data set or a JSON lines file, all checked as they are read."""
+"""Examples from a TFDS data set, JSON lines or parquet, all checked as they are read.
+
+Rows are ours (prompt or problem; answer, response), or those of RL data sets as the authors
+publish them, KlearReasoner-MathSub-30K and CodeSub-15K: data_source, prompt,
+reward_model.ground_truth (FACTS (h)).
+"""
 
 import dataclasses
 import json
@@ -6,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow.parquet
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -22,15 +28,18 @@ class Example:
       origin: where it stands, for messages: file and line, or data set, split and row.
       prompt_id: int32, unique in the data set: a part of the key of all randomness.
       messages: {role, content} dicts; the prompt, before the chat template.
-      answer: what the response must reach; None where the row has none.
+      answer: what the response must reach: text, a list of texts of which any is right, or
+        an object, as tests are; None where the row has none.
       response: a demonstration; None where the row has none.
+      source: what the row says of its origin, which decides on its reward; '' for nothing.
     """
 
     origin: str
     prompt_id: int
     messages: tuple[Mapping[str, str], ...]
-    answer: str | None
+    answer: Any
     response: str | None
+    source: str = ""
 
     @property
     def problem(self) -> str:
@@ -42,10 +51,11 @@ def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
     """Reads all examples, in the order of the data set.
 
     Args:
-      path: the folder of one version of a TFDS data set (array_record), or a JSON lines
-        file with the keys prompt (text, or a list of {role, content}) or problem (text),
-        and answer, response or both. Other keys are ignored.
-      split: of the TFDS data set; a JSON lines file has none.
+      path: the folder of one version of a TFDS data set (array_record), or a file: parquet
+        if its name ends in .parquet, else JSON lines. Keys: prompt (text, or a list of
+        {role, content}) or problem (text); answer, or reward_model with a ground_truth,
+        response or both; data_source. Other keys are ignored.
+      split: of the TFDS data set; a file has none.
 
     Raises:
       InputError: missing or broken files, an unknown split, no examples, or a bad row,
@@ -57,7 +67,8 @@ def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
     elif path.exists():
         if split:
             raise InputError(f"{path} is a file without splits, so no split {split!r}")
-        examples = _read_json_lines(path)
+        read = _read_parquet if path.suffix == ".parquet" else _read_json_lines
+        examples = read(path)
     else:
         raise InputError(f"no data set at {path}")
     if not examples:
@@ -100,6 +111,19 @@ def _read_json_lines(path: epath.Path) -> list[Example]:
     return examples
 
 
+def _read_parquet(path: epath.Path) -> list[Example]:
+    """Examples of a file; a row's number from 1 is its prompt_id, as in JSON lines."""
+    try:
+        with path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is no parquet file: {error}") from error
+    return [
+        _example(row, f"{path} row {number}", prompt_id=number)
+        for number, row in enumerate(rows, 1)
+    ]
+
+
 def _example(row: Mapping[str, Any], origin: str, *, prompt_id: int) -> Example:
     prompt = row.get("prompt", row.get("problem"))
     messages = [{"role": "user", "content": prompt}] if _is_text(prompt) else prompt
@@ -110,17 +134,32 @@ def _example(row: Mapping[str, Any], origin: str, *, prompt_id: int) -> Example:
             _is_text(message.get(key)) for key in ("role", "content")
         ):
             raise InputError(f"{origin}: a message is not a role and a content in text")
-    answer = row.get("answer")
+    answer, model = row.get("answer"), row.get("reward_model")
+    if answer is None and isinstance(model, dict):
+        answer = model.get("ground_truth")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
-    example = Example(origin, prompt_id, tuple(messages), answer, row.get("response"))
-    for key in ("answer", "response"):
-        value = getattr(example, key)
-        if value is not None and not _is_text(value):
-            raise InputError(f"{origin}: {key} must be text that is not empty")
-    if example.answer is None and example.response is None:
+    response, source = row.get("response"), row.get("data_source") or ""
+    if answer is not None and not _is_answer(answer):
+        raise InputError(
+            f"{origin}: the answer must be text that is not empty, a list of such, or an "
+            "object"
+        )
+    if response is not None and not _is_text(response):
+        raise InputError(f"{origin}: response must be text that is not empty")
+    if not isinstance(source, str):
+        raise InputError(f"{origin}: data_source must be text, not {source!r}")
+    if answer is None and response is None:
         raise InputError(f"{origin} has neither answer nor response")
-    return example
+    return Example(origin, prompt_id, tuple(messages), answer, response, source)
+
+
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_text, value))
+    if isinstance(value, dict):
+        return not SURROGATE.search(json.dumps(value, ensure_ascii=False))
+    return _is_text(value)
 
 
 def _is_text(value: Any) -> bool:

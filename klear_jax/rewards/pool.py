@@ -42,6 +42,7 @@ from klear_jax.errors import InputError
 REWARDS = {
     "math": "klear_jax.rewards.math:score",
     "math_judge": "klear_jax.rewards.math:judge",
+    "code": "klear_jax.rewards.code:score",
 }
 
 # Interpreter and import, on a busy host with a slow disk.

@@ -1,0 +1,15 @@
+"""Math GPPO with half of the LM loss on positive samples, Table 6.
+
+python -m klear_jax.train --config=configs/variants/alpha_0_05.py
+"""
+
+import ml_collections
+
+from configs import gppo_8b
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = gppo_8b.get_config()
+    c.workdir = "runs/alpha_0_05"
+    c.loss.positive_coef = 0.05  # [P] Table 6.
+    return c

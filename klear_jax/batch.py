@@ -1,0 +1,286 @@
+"""A rollout batch -> advantages -> rows of the train step, and what is told of them.
+
+Shape letters: B samples of a step, b of them chosen to train on, T tokens of a row (prompt
+and response).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from klear_jax import advantages, losses, sampler
+from klear_jax.rewards.routing import RewardConfig
+from klear_jax.rollout import OpenGroup, Rollout, RolloutConfig
+
+
+def select(
+    rollout: Rollout, config: RolloutConfig
+) -> tuple[np.ndarray, list[OpenGroup]]:
+    """Which samples to train on: the groups that teach something, up to `max_groups`.
+
+    Samples that our own fault left without a reward are out before anything is compared,
+    and so is a sample that this leaves without another to compare with. Then, if the config
+    says so, those that were cut off at the limit; then whole groups, by the filters.
+
+    Returns:
+        The chosen samples [b] int, groups together and in order; and the groups that are
+        beyond `max_groups` and may wait for the next step: those that have not waited yet.
+    """
+    use_B = np.isfinite(rollout.reward_B)
+    if config.samples_per_prompt > 1:
+        use_B &= np.bincount(rollout.group_B, use_B)[rollout.group_B] > 1
+    if config.drop_unfinished:
+        use_B &= np.array([sample.finished for sample in rollout.samples], bool)
+    (use,) = np.nonzero(use_B)
+    group_B, correct_B = rollout.group_B[use], rollout.correct_B[use]
+    keep_B = np.ones(len(use), bool)
+    if config.filter == "reward":
+        keep_B = advantages.informative(rollout.reward_B[use], group_B)
+    elif config.filter == "accuracy":
+        keep_B = advantages.informative(correct_B, group_B)
+    keep_B &= advantages.group_mean(correct_B, group_B) <= config.max_accuracy
+    kept = use[keep_B]
+    groups = advantages.groups(rollout.group_B[kept])
+    chosen, surplus = groups[: config.max_groups], groups[config.max_groups :]
+    waiting = [rollout.group_of(kept[rows[0]]) for rows in surplus]
+    return (
+        kept[np.concatenate(chosen)] if chosen else kept,
+        [open_ for open_ in waiting if not waited(open_)],
+    )
+
+
+def waited(open_: OpenGroup) -> bool:
+    """Whether the group was surplus of an earlier step: all of it is scored."""
+    return all(
+        len(old) == len(sample.tokens)
+        for old, sample in zip(open_.old_logp, open_.group.samples, strict=True)
+    )
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[sampler.Sample],
+    old_logp: Sequence[np.ndarray],
+    row_tokens: int,
+) -> dict[str, np.ndarray]:
+    """One row [T] a sample: its prompt, its response, padding.
+
+    Returns:
+        tokens, positions, segment_ids, mask (1 on the response), behaviour_logp (the
+        sampler's log-probs), earlier_logp (`OpenGroup.old_logp`; nan where it is still to
+        be scored): each [B, T].
+    """
+    B, T = len(samples), row_tokens
+    tokens_BT, mask_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    segment_ids_BT = np.zeros((B, T), np.int32)
+    behaviour_logp_BT = np.zeros((B, T), np.float32)
+    earlier_logp_BT = np.full((B, T), np.nan, np.float32)
+    for row, (prompt, sample, old) in enumerate(
+        zip(prompts, samples, old_logp, strict=True)
+    ):
+        start, end = len(prompt), len(prompt) + len(sample.tokens)
+        tokens_BT[row, :end] = [*prompt, *sample.tokens]
+        segment_ids_BT[row, :end] = 1
+        mask_BT[row, start:end] = 1
+        behaviour_logp_BT[row, start:end] = sample.logprobs
+        earlier_logp_BT[row, start : start + len(old)] = old
+    return {
+        "tokens": tokens_BT,
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+        "segment_ids": segment_ids_BT,
+        "mask": mask_BT,
+        "behaviour_logp": behaviour_logp_BT,
+        "earlier_logp": earlier_logp_BT,
+    }
+
+
+def make_rows(
+    rollout: Rollout, chosen: np.ndarray, config: RolloutConfig
+) -> dict[str, np.ndarray]:
+    """The rows of the chosen samples, as `lay_out`, with their advantage [b, T]."""
+    rows = lay_out(
+        [rollout.group_of(b).group.prompt for b in chosen],
+        [rollout.samples[b] for b in chosen],
+        [rollout.old_logp[b] for b in chosen],
+        config.row_tokens,
+    )
+    advantage_B = advantages.group_relative(
+        rollout.reward_B[chosen],
+        rollout.group_B[chosen],
+        normalize_std=config.normalize_std,
+    )
+    return rows | {
+        "advantage": np.where(rows["mask"], advantage_B[:, None], np.float32(0))
+    }
+
+
+def score_open(
+    groups: Sequence[OpenGroup],
+    score: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    row_tokens: int,
+) -> list[OpenGroup]:
+    """Groups that go on, with the old log-probs of the tokens of this step.
+
+    Args:
+        score: rows (as `lay_out`) -> the trainer's log-probs [B, T], `earlier_logp` kept.
+    """
+    samples = [sample for open_ in groups for sample in open_.group.samples]
+    rows = lay_out(
+        [open_.group.prompt for open_ in groups for _ in open_.group.samples],
+        samples,
+        [old for open_ in groups for old in open_.old_logp],
+        row_tokens,
+    )
+    logp_BT = score(rows)
+    logp = iter(
+        logp_T[mask_T != 0]
+        for logp_T, mask_T in zip(logp_BT, rows["mask"], strict=True)
+    )
+    return [
+        dataclasses.replace(open_, old_logp=[next(logp) for _ in open_.group.samples])
+        for open_ in groups
+    ]
+
+
+RECORDED = ("behaviour_logp", "earlier_logp")  # Of rows: no update reads them.
+
+
+def mini_batches(
+    rows: Mapping[str, np.ndarray],
+    groups_B: np.ndarray,
+    positive_B: np.ndarray,
+    *,
+    prompts: int,
+    aggregation: losses.Aggregation,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Splits rows into mini-batches of whole groups, and weighs their tokens.
+
+    At most `prompts` groups each, as equal as can be: a short step gives fewer updates,
+    never one of a few stray groups.
+
+    Args:
+        rows: [b, T] each, from `make_rows`, with old_logp.
+        groups_B: the group of each row.
+        positive_B: rows of full credit.
+
+    Yields:
+        What `steps.gppo_loss` reads: rows with weight and positive_weight.
+    """
+    groups = advantages.groups(groups_B)
+    count = -(-len(groups) // prompts)
+    for part in np.array_split(np.arange(len(groups)), count) if count else []:
+        index = np.concatenate([groups[g] for g in part])
+        mini = {name: x[index] for name, x in rows.items() if name not in RECORDED}
+        mask_BT = mini.pop("mask")
+        mini["weight"] = losses.token_weights(mask_BT, aggregation)
+        mini["positive_weight"] = losses.token_weights(
+            mask_BT * positive_B[index, None], aggregation
+        )
+        yield mini
+
+
+def sample_metrics(
+    rollout: Rollout,
+    chosen: np.ndarray,
+    rewards: RewardConfig,
+    step: int,
+) -> dict[str, float]:
+    """What the samples of a step look like, before and after the filters: of the groups
+    that the step has completed, without those that waited from the last one."""
+    new = [b for b in range(len(rollout)) if not waited(rollout.group_of(b))]
+    samples = [rollout.samples[b] for b in new]
+    outcomes = [rollout.outcomes[b] for b in new]
+    reward_B, correct_B = rollout.reward_B[new], rollout.correct_B[new]
+    length_B = np.array([len(sample.tokens) for sample in samples])
+    finished_B = np.array([sample.finished for sample in samples])
+    status = [outcome.status for outcome in outcomes]
+    groups = advantages.groups(rollout.group_B[new])
+    correct_G = np.array([correct_B[rows].sum() for rows in groups])
+    histogram = np.bincount(correct_G, minlength=len(groups[0]) + 1) / len(groups)
+    return {
+        "reward/mean": _mean(reward_B[np.isfinite(reward_B)]),
+        "reward/correct": _mean(correct_B),
+        "reward/any_correct": _mean(correct_G > 0),
+        # Shares of groups by how many of their samples are right.
+        **{
+            f"reward/groups_with_{n}_correct": float(x) for n, x in enumerate(histogram)
+        },
+        **_reward_parts(rollout, new, rewards),
+        "reward/overlong_penalty": _mean(rollout.penalty_B[new]),
+        "reward/timeouts": status.count("timeout"),
+        "reward/deaths": status.count("died"),
+        "reward/masked_errors": status.count("error"),
+        "reward/masked_late": status.count("late"),
+        "samples/generated": len(new),
+        "samples/used": len(chosen),
+        "samples/groups_used": len(np.unique(rollout.group_B[chosen])),
+        "samples/tokens": int(length_B.sum()),
+        # Drawn by the policy of an earlier step.
+        "samples/tokens_carried": sum(
+            int((rollout.policy_steps[b] != step).sum()) for b in new
+        ),
+        "samples/length": _mean(length_B),
+        "samples/length_correct": _mean(length_B[correct_B]),
+        "samples/length_wrong": _mean(length_B[~correct_B]),
+        **{
+            f"samples/length_p{p}": float(np.percentile(length_B, p))
+            for p in (10, 50, 90)
+        },
+        "samples/length_max": int(length_B.max()),
+        "samples/truncated": _mean(~finished_B),
+    }
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(np.mean(x)) if len(x) else np.nan
+
+
+def _reward_parts(
+    rollout: Rollout, new: Sequence[int], rewards: RewardConfig
+) -> dict[str, float]:
+    """Which share of the new samples got which of the values that the config names, such as
+    `no_think_end`, and which got another, as a program that passes some of its tests."""
+    parts = dict.fromkeys((*VALUES, "other"), 0.0)
+    for b in new:
+        kind = rewards.kinds[rewards.kind_of(rollout.group_of(b).source)]
+        score = rollout.outcomes[b].score
+        names = [name for name in VALUES if kind.options.get(name) == score]
+        parts[[*names, "other"][0]] += 1 / len(new)
+    return {f"reward_part/{name}": share for name, share in parts.items()}
+
+
+# Options of rewards that are values of a response, the best first.
+VALUES = ("correct", "no_think_end", "wrong", "no_think_start")
+
+
+def sample_rows(
+    rollout: Rollout, chosen: np.ndarray, rows: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """The samples as they are written to rollouts/: one dict each.
+
+    A sample that was not trained on has the advantage null; `rows` are those of the
+    others, from `make_rows`.
+    """
+    first_B = rows["mask"].argmax(axis=1)  # A row's advantage stands on its response.
+    advantage_B = rows["advantage"][np.arange(len(chosen)), first_B]
+    advantage = dict(zip(chosen.tolist(), advantage_B.tolist(), strict=True))
+    return [
+        {
+            "prompt": rollout.group_of(b).problem,
+            "source": rollout.group_of(b).source,
+            "response": rollout.texts[b],
+            "reward": float(reward) if np.isfinite(reward) else None,
+            "reward_status": outcome.status,
+            "advantage": advantage.get(b),
+            "group": int(rollout.group_B[b]),
+            "finished": rollout.samples[b].finished,
+            "num_tokens": len(rollout.samples[b].tokens),
+            "policy_steps": sorted(set(rollout.policy_steps[b].tolist())),
+            "logprob": float(np.sum(rollout.samples[b].logprobs)),
+        }
+        for b, (outcome, reward) in enumerate(
+            zip(rollout.outcomes, rollout.reward_B, strict=True)
+        )
+    ]

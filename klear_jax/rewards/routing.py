@@ -1,0 +1,108 @@
+"""Which reward scores which row, and with what values.
+
+A row of a data set may say where it comes from (`data_source`). The config's table `sources`
+says which kind of reward that is, and its table `kinds` what a kind is: a function and its
+keyword arguments. A new reward is an entry in each.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from klear_jax.errors import InputError
+from klear_jax.rewards import code, sandbox
+from klear_jax.rewards.pool import Pool, find_reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A reward function, with its values."""
+
+    function: str  # A key of rewards.pool.REWARDS, or 'module:function'.
+    options: Mapping[str, Any]  # Its keyword arguments.
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """How responses are scored."""
+
+    kinds: Mapping[str, Kind]
+    # What a row's data_source contains -> its kind; the longest that fits.
+    sources: Mapping[str, str]
+    kind: str  # Of rows without a data_source.
+    full_credit: float  # The reward of a sample that counts as right, and as positive.
+    num_workers: int
+    task_timeout_s: float  # For a response.
+    step_timeout_s: (
+        float  # For all responses of a step that are left when decoding ends.
+    )
+    memory_mb: int  # Address space of a worker, MiB.
+
+    def __post_init__(self):
+        for name, kind in (*self.sources.items(), ("kind", self.kind)):
+            if kind not in self.kinds:
+                raise InputError(
+                    f"{name} is scored by {kind!r}, which is none of kinds: "
+                    f"{sorted(self.kinds)}"
+                )
+        for kind in self.kinds.values():
+            find_reward(kind.function)
+
+    def kind_of(self, source: str) -> str:
+        """The kind for a data_source, '' for none; a KeyError if there is none."""
+        if not source:
+            return self.kind
+        fitting = [part for part in self.sources if part in source]
+        if not fitting:
+            raise KeyError(source)
+        return self.sources[max(fitting, key=len)]
+
+
+def make_pool(config: RewardConfig) -> Pool:
+    return Pool(
+        config.num_workers,
+        task_timeout_s=config.task_timeout_s,
+        memory_mb=config.memory_mb,
+    )
+
+
+class Row(Protocol):
+    """An example of a data set, as far as rewards go."""
+
+    origin: str
+    source: str
+    answer: Any
+
+
+def check(config: RewardConfig, rows: Iterable[Row]) -> None:
+    """Raises an InputError for what cannot be scored: rows of an unknown source, tests that
+    are none, and code on a host that cannot isolate it."""
+    unknown = collections.Counter[str]()
+    for row in rows:
+        try:
+            kind = config.kinds[config.kind_of(row.source)]
+        except KeyError:
+            unknown[row.source] += 1
+            continue
+        if kind.function == "code":
+            sandbox.choose(kind.options.get("isolation", "auto"))
+            try:
+                code.parse(row.answer)
+            except InputError as error:
+                raise InputError(f"{row.origin}: {error}") from None
+    if unknown:
+        names = ", ".join(f"{name!r} ({n} rows)" for name, n in sorted(unknown.items()))
+        raise InputError(
+            f"no reward for the data_source {names}: name it in rewards.sources, which has "
+            f"{sorted(config.sources)}"
+        )
+
+
+def ground_truth(config: RewardConfig, source: str, answer: Any, seed: str) -> Any:
+    """What the samples of one group are scored against: for code, the tests that are run,
+    chosen by the seed."""
+    kind = config.kinds[config.kind_of(source)]
+    if kind.function != "code":
+        return answer
+    return code.choose_tests(answer, seed, kind.options["max_tests"])

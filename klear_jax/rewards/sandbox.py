@@ -1,0 +1,468 @@
+"""Runs Python programs that a model wrote, where they can do no harm.
+
+A program gets standard input, and gives what it prints and how it ended. It has no network,
+no files of the host but the interpreter and its libraries (read only), a /tmp of its own
+that is gone afterwards, no environment, no privileges, and limits on time, memory (of all
+its processes together), processes, files and output. When `run` returns, none of its
+processes is left.
+
+    run -> namespaces, limits -> supervisor.py -> a process a program
+
+How well that is kept depends on the host. `choose` finds the best that works here:
+
+    bubblewrap   all of the above. Debian and Ubuntu: apt-get install bubblewrap (0.7 or later)
+    unshare      without a root of its own: a program can read, but not write, what its user
+                 (nobody, if we are root) can read. Memory that is no process's own (System V
+                 and memfd) is not counted.
+    rlimits      only limits, no isolation. Never chosen, only asked for.
+
+What this is not: a defence against bugs of the kernel.
+
+References: bwrap(1), setpriv(1), unshare(1), prlimit(1), seccomp(2).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import platform
+import selectors
+import shlex
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+from klear_jax.errors import InputError
+
+LADDER = ("bubblewrap", "unshare", "rlimits")  # The best first.
+
+NOBODY = 65534  # Who runs the programs if we are root.
+PROCESSES = 32  # And threads, of a program.
+OPEN_FILES = 64
+FILE_MB = 16  # Of a file; of all of /tmp, with what is read and printed; of /dev/shm.
+_TICK_S = 0.05  # Between looks at the memory in use.
+_START_S = 20.0  # For all that is no program's time, on a busy host.
+
+_SUPERVISOR = pathlib.Path(__file__).with_name("supervisor.py").read_bytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a program ended.
+
+    Attributes:
+      stdout, stderr: what it printed, as UTF-8 with replacements.
+      returncode: its exit status; 128 + signal if a signal ended it; 137 if we did, or if it
+        was not begun because another of its `run_all` had brought all to an end.
+      timed_out: it ran longer than it may.
+    """
+
+    stdout: str
+    stderr: str
+    returncode: int
+    timed_out: bool
+
+
+def run(
+    code: str,
+    *,
+    stdin: str = "",
+    timeout_s: float = 10.0,
+    memory_mb: int = 1024,
+    isolation: str = "auto",
+) -> Result:
+    """Runs a program to its end, or to ours; see `run_all`."""
+    [result] = run_all(
+        [(code, stdin)],
+        timeout_s=timeout_s,
+        memory_mb=memory_mb,
+        isolation=isolation,
+    )
+    return result
+
+
+def run_all(
+    programs: Sequence[tuple[str, str]],
+    *,
+    timeout_s: float,
+    memory_mb: int,
+    isolation: str = "auto",
+) -> list[Result]:
+    """Runs programs one after the other in one sandbox: those of one response, which can
+    disturb each other.
+
+    Args:
+      programs: code, for the interpreter that runs us and with its libraries, and what
+        stands on its standard input, which is all that it gets to see.
+      timeout_s: seconds a program may take.
+      memory_mb: MiB of all processes together, and address space of each.
+      isolation: 'auto' is the best that `choose` finds; or one of `LADDER`.
+
+    Raises:
+      InputError: the host cannot isolate programs so.
+      OSError: this time it could not; nothing was run.
+    """
+    return _run_all(programs, timeout_s, memory_mb, choose(isolation))
+
+
+@functools.cache
+def choose(isolation: str = "auto") -> str:
+    """What of `LADDER` will isolate programs, tried with one that does nothing.
+
+    Raises:
+      InputError: that does not work here, with what to do about it.
+    """
+    if isolation not in ("auto", *LADDER):
+        raise InputError(
+            f"isolation must be 'auto' or one of {LADDER}, not {isolation!r}"
+        )
+    failures = []
+    for name in LADDER[:2] if isolation == "auto" else [isolation]:
+        try:
+            _run_all([("", "")], 20, 1024, name)
+        except OSError as error:
+            failures.append(f"{name}: {str(error).splitlines()[-1]}")
+            continue
+        level = logging.INFO if name == "bubblewrap" else logging.WARNING
+        text = "programs of the model run under %s (%s)"
+        logging.getLogger(__name__).log(level, text, name, "; ".join(failures))
+        return name
+    raise InputError(
+        f"this host cannot isolate programs of the model ({'; '.join(failures)}): install "
+        "bubblewrap 0.7 or later and allow user namespaces; or, if nothing here is worth "
+        "protecting, ask for the isolation 'rlimits'"
+    )
+
+
+def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
+    if sys.platform != "linux":
+        raise OSError(f"namespaces and limits are Linux's, and this is {sys.platform}")
+    limits = [
+        "prlimit",
+        f"--as={memory_mb << 20}",
+        f"--fsize={FILE_MB << 20}",
+        f"--nofile={OPEN_FILES}",
+        f"--nproc={PROCESSES}",
+        "--core=0",
+    ]
+    order = {
+        "programs": list(programs),
+        "timeout_s": timeout_s,
+        "alone": isolation != "rlimits",
+    }
+    with contextlib.ExitStack() as stack:
+        cwd = "/"
+        if isolation == "rlimits":
+            cwd = stack.enter_context(tempfile.TemporaryDirectory())
+        fds = [
+            stack.enter_context(_file(data))
+            for data in (_SUPERVISOR, _forbidden_calls())
+        ]
+        process = subprocess.Popen(
+            _COMMANDS[isolation](limits, *fds),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env=_environment(isolation),
+            pass_fds=fds,
+            start_new_session=True,
+        )
+        stack.enter_context(process)
+        stack.callback(_kill, process)
+        out, err = _follow(
+            process,
+            json.dumps(order).encode(),
+            deadline=time.monotonic() + _START_S + timeout_s * len(programs),
+            memory_mb=memory_mb,
+            room=len(programs) * 2 * FILE_MB << 20,
+        )
+    ready, _, answers = out.partition(b"\n")
+    if ready != b"ready":
+        raise OSError(
+            err.decode(errors="replace").strip() or "the sandbox did not start"
+        )
+    results = list(_read(answers))[: len(programs)]
+    missing = len(programs) - len(results)
+    return results + [Result("", "", 128 + signal.SIGKILL, False)] * missing
+
+
+def _read(answers: bytes) -> Iterator[Result]:
+    """The results, as far as they have come whole."""
+    with contextlib.suppress(ValueError):  # A program that writes here has no more.
+        while answers:
+            line, _, answers = answers.partition(b"\n")
+            returncode, timed_out, *lengths = json.loads(line)
+            printed = []
+            for length in lengths:
+                printed.append(answers[:length].decode(errors="replace"))
+                answers = answers[length:]
+            stdout, stderr = printed
+            yield Result(stdout, stderr, int(returncode), bool(timed_out))
+
+
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[int]:
+    """A file without a name, for whoever inherits its number."""
+    fd = os.memfd_create("sandbox")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# --- the walls ------------------------------------------------------------------------
+
+
+def _bubblewrap(limits: list[str], code_fd: int, filter_fd: int) -> list[str]:
+    stage, places = _libraries()
+    size = ["--size", str(FILE_MB << 20)]
+    return [
+        *(["unshare", "--mount", "sh", "-ec", f'{stage}exec "$@"', "sh"] * bool(stage)),
+        # The user goes first: limits on processes do not hold for root, whatever a
+        # namespace calls it.
+        *_drop_user(),
+        *["bwrap", "--unshare-all", "--die-with-parent", "--new-session"],
+        *["--cap-drop", "ALL"],
+        *(["--seccomp", str(filter_fd)] * bool(_forbidden_calls())),
+        *["--ro-bind", "/usr", "/usr"],
+        *[part for name in ("bin", "lib", "lib64") for part in _as_on_host(f"/{name}")],
+        *[part for path, at in places.items() for part in ("--ro-bind", at, path)],
+        *["--proc", "/proc", "--dev", "/dev"],
+        *[*size, "--tmpfs", "/dev/shm", *size, "--tmpfs", "/tmp", "--chdir", "/tmp"],
+        *["--file", str(code_fd), "/supervisor.py"],
+        # All these lie in memory, and what may be written must have a limit.
+        *["--remount-ro", "/dev", "--remount-ro", "/"],
+        # Last, so that the namespace's processes are counted alone.
+        *limits,
+        *[_INTERPRETER, "/supervisor.py"],
+    ]
+
+
+def _unshare(limits: list[str], code_fd: int, _: int) -> list[str]:
+    stage, places = _libraries()
+    interpreter = _INTERPRETER
+    for path, at in places.items():
+        interpreter = interpreter.replace(f"{path}/", f"{at}/")
+    script = f"""{stage}
+        while read -r _ at _; do
+          mount -o remount,bind,ro "$at" 2> /dev/null || :  # Else it is not ours to write.
+        done < /proc/mounts
+        mount -t tmpfs -o size={FILE_MB}m none /dev/shm
+        mount -t tmpfs -o size={FILE_MB}m none /tmp
+        cd /tmp
+        exec "$@" """
+    become_root = ["--map-root-user"] * (os.geteuid() != 0)
+    return [
+        *["unshare", "-m", "-n", "-p", "-f", "-i", "-u", "--mount-proc"],
+        *["--kill-child", *become_root, "sh", "-ec", script, "sh"],
+        *(_drop_user() or _DROP_PRIVILEGES),
+        *[*limits, interpreter, f"/dev/fd/{code_fd}"],
+    ]
+
+
+def _rlimits(limits: list[str], code_fd: int, _: int) -> list[str]:
+    # Without a namespace, all processes of the user would count.
+    limits = [limit for limit in limits if not limit.startswith("--nproc")]
+    return [*limits, _INTERPRETER, f"/dev/fd/{code_fd}"]
+
+
+_COMMANDS = {"bubblewrap": _bubblewrap, "unshare": _unshare, "rlimits": _rlimits}
+
+_INTERPRETER = os.path.realpath(sys.executable)
+_PREFIX = os.path.realpath(sys.base_prefix)
+_PACKAGES = os.path.realpath(sysconfig.get_path("purelib"))
+
+_DROP_PRIVILEGES = [
+    *["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+]
+
+
+def _drop_user() -> list[str]:
+    if os.geteuid() != 0:
+        return []
+    user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    return [*_DROP_PRIVILEGES, *user]
+
+
+def _as_on_host(path: str) -> list[str]:
+    """/lib and the like: a link into /usr, or a folder of its own, or nothing."""
+    if os.path.islink(path):
+        return ["--symlink", os.readlink(path), path]
+    return ["--ro-bind", path, path] if os.path.isdir(path) else []
+
+
+@functools.cache
+def _libraries() -> tuple[str, dict[str, str]]:
+    """The folders beside /usr that the interpreter needs, and where they can be read.
+
+    Root's own interpreter may lie where nobody else can look, as under /root. Then a shell
+    script, run in a mount namespace of its own, shows it below /mnt.
+
+    Returns:
+      The script, empty if there is no need; path -> place.
+    """
+    places = {}
+    for path, known in ((_PREFIX, ["/usr"]), (_PACKAGES, ["/usr", _PREFIX])):
+        if not any(pathlib.PurePath(path).is_relative_to(other) for other in known):
+            places[path] = path
+    hidden = [path for path in places if os.geteuid() == 0 and not _is_public(path)]
+    script = "mount -t tmpfs -o size=1m,mode=755 none /mnt\n" * bool(hidden)
+    for i, path in enumerate(hidden):
+        places[path] = f"/mnt/{i}"
+        script += f"mkdir /mnt/{i}\nmount --bind {shlex.quote(path)} /mnt/{i}\n"
+    return script, places
+
+
+def _is_public(path: str) -> bool:
+    """Whether anybody may go into the folder."""
+    folders = (pathlib.Path(path), *pathlib.Path(path).parents)
+    return all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
+
+
+def _environment(isolation: str) -> dict[str, str]:
+    _, places = _libraries()
+    at = places.get(_PACKAGES, _PACKAGES)
+    return {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": at if isolation == "unshare" else _PACKAGES,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",  # Sets have the order of every other run.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+# Memory that belongs to no process, new file systems, and looking into other processes.
+# The numbers on x86_64 and aarch64.
+_FORBIDDEN = {
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "mount": (165, 40),
+    "fsopen": (430, 430),
+    "io_uring_setup": (425, 425),
+    "userfaultfd": (323, 282),
+    "bpf": (321, 280),
+    "add_key": (248, 217),
+    "keyctl": (250, 219),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+}
+
+
+@functools.cache
+def _forbidden_calls() -> bytes:
+    """The BPF program that answers `_FORBIDDEN` with EPERM, see seccomp(2); empty on
+    machines whose numbers we do not know."""
+    machines = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+    if platform.machine() not in machines:
+        return b""
+    arch, column = machines[platform.machine()]
+    numbers = [row[column] for row in _FORBIDDEN.values()]
+    n = len(numbers)
+    load, jump_equal, jump_at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, deny, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    program = [  # (what, how many lines to skip if so, and if not, with what).
+        (load, 0, 0, 4),  # Of which machine the call is: not of its 32-bit kin,
+        (jump_equal, 0, n + 4, arch),
+        (load, 0, 0, 0),  # Its number:
+        (jump_at_least, n + 2, 0, 0x40000000),  # not of x32.
+        *[(jump_equal, n - i, 0, number) for i, number in enumerate(numbers)],
+        (give, 0, 0, allow),
+        (give, 0, 0, deny),
+        (give, 0, 0, kill),
+    ]
+    return b"".join(struct.pack("HBBI", *line) for line in program)
+
+
+# --- while it runs --------------------------------------------------------------------
+
+
+def _follow(process, stdin, *, deadline, memory_mb, room) -> tuple[bytes, bytes]:
+    """Feeds and reads the process until it has ended, or must; what it printed.
+
+    Args:
+      deadline: on the monotonic clock.
+      room: bytes that it may print.
+    """
+    out, err, unsent = bytearray(), bytearray(), memoryview(stdin)
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ, out)
+        selector.register(process.stderr, selectors.EVENT_READ, err)
+        selector.register(process.stdin, selectors.EVENT_WRITE)
+        os.set_blocking(process.stdin.fileno(), False)
+        while selector.get_map():
+            for key, _ in selector.select(_TICK_S):
+                if key.data is None:
+                    unsent = unsent[_write(key.fd, unsent) :]
+                    over = not unsent
+                else:
+                    data = os.read(key.fd, 1 << 16)
+                    key.data.extend(data)
+                    over = not data
+                if over:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+            if (
+                len(out) + len(err) > room
+                or time.monotonic() > deadline
+                or _resident_bytes(process.pid) > memory_mb << 20
+            ):
+                break
+    return bytes(out), bytes(err)
+
+
+def _write(fd: int, data: memoryview) -> int:
+    """How much of the data there is no more need of."""
+    try:
+        return os.write(fd, data[: 1 << 16])
+    except BrokenPipeError:
+        return len(data)
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all that descend from it, as far as the kernel tells (proc(5))."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                path = pathlib.Path(f"/proc/{parent}/task/{thread}/children")
+                found += map(int, path.read_text().split())
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    pages = 0
+    for each in _tree(pid):
+        with contextlib.suppress(OSError):
+            pages += int(pathlib.Path(f"/proc/{each}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends the process with all that descend from it, and waits until they are gone."""
+    if process.poll() is None:
+        for pid in _tree(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    for stream in (process.stdout, process.stderr):
+        # Open as long as one of them lives.
+        while not stream.closed and os.read(stream.fileno(), 1 << 16):
+            pass
