@@ -32,8 +32,17 @@ make_venv() {
   fi
 }
 
+# Programs of the model run in it. Without it, math works, and code is refused.
+find_bubblewrap() {
+  if command -v bwrap >/dev/null || [ "$(uname)" != Linux ]; then return; fi
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
+    apt-get update -qq && apt-get install -y -qq bubblewrap >/dev/null; then return; fi
+  echo "note: for code rewards, install bubblewrap: sudo apt-get install bubblewrap" >&2
+}
+
 setup() {
   local what=$1 stamp
+  find_bubblewrap
   stamp=.venv/installed-$(cat requirements.txt pyproject.toml | sha256sum | cut -c1-16)-${what//[^a-z]/}
   if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || make_venv "$(find_python)"

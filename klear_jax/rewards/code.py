@@ -195,10 +195,11 @@ def _passes(program: str, tests: Tests, **limits: Any) -> list[bool]:
     ]
 
 
-# The token is held by a function, whose names the program does not share.
+# The token, and what is still needed, are held by a function, whose names the program does
+# not share.
 _DRIVERS = {
     "functional": """
-def run(write, token):
+def run(write, token, exec, compile):
     names = {{"__name__": "__main__"}}
     for name, text in (
         ("prelude", {prelude!r}), ("solution", {program!r}), ("tests", {test!r})
@@ -207,7 +208,7 @@ def run(write, token):
     write(1, token.encode())
 
 import os
-run(os.write, {token!r})
+run(os.write, {token!r}, exec, compile)
 """,
     "pytest": """
 def run(write, token):

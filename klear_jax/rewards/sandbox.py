@@ -24,8 +24,8 @@ References: bwrap(1), setpriv(1), unshare(1), prlimit(1), seccomp(2).
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
+import marshal
 import os
 import pathlib
 import platform
@@ -48,7 +48,9 @@ LADDER = ("bubblewrap", "unshare", "rlimits")  # The best first.
 NOBODY = 65534  # Who runs the programs if we are root.
 PROCESSES = 32  # And threads, of a program.
 OPEN_FILES = 64
-FILE_MB = 16  # Of a file; of all of /tmp, with what is read and printed; of /dev/shm.
+FILE_MB = (
+    16  # MiB of a file, and of what is printed; half of all of /tmp and of /dev/shm.
+)
 _TICK_S = 0.05  # Between looks at the memory in use.
 _START_S = 20.0  # For all that is no program's time, on a busy host.
 
@@ -146,19 +148,21 @@ def choose(isolation: str = "auto") -> str:
 def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
     if sys.platform != "linux":
         raise OSError(f"namespaces and limits are Linux's, and this is {sys.platform}")
+    stdins = [stdin.encode(errors="replace") for _, stdin in programs]
+    file_mb = FILE_MB + (max(map(len, stdins)) >> 20)
     limits = [
         "prlimit",
         f"--as={memory_mb << 20}",
-        f"--fsize={FILE_MB << 20}",
+        f"--fsize={file_mb << 20}",
         f"--nofile={OPEN_FILES}",
         f"--nproc={PROCESSES}",
         "--core=0",
     ]
-    order = {
-        "programs": list(programs),
-        "timeout_s": timeout_s,
-        "alone": isolation != "rlimits",
-    }
+    order = (
+        [(code, stdin) for (code, _), stdin in zip(programs, stdins, strict=True)],
+        timeout_s,
+        isolation != "rlimits",  # Whether it is alone in its namespace.
+    )
     with contextlib.ExitStack() as stack:
         cwd = "/"
         if isolation == "rlimits":
@@ -168,7 +172,7 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
             for data in (_SUPERVISOR, _forbidden_calls())
         ]
         process = subprocess.Popen(
-            _COMMANDS[isolation](limits, *fds),
+            _COMMANDS[isolation](limits, file_mb, *fds),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -181,10 +185,10 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
         stack.callback(_kill, process)
         out, err = _follow(
             process,
-            json.dumps(order).encode(),
+            marshal.dumps(order),
             deadline=time.monotonic() + _START_S + timeout_s * len(programs),
             memory_mb=memory_mb,
-            room=len(programs) * 2 * FILE_MB << 20,
+            room=len(programs) * 2 * file_mb << 20,
         )
     ready, _, answers = out.partition(b"\n")
     if ready != b"ready":
@@ -197,17 +201,19 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
 
 
 def _read(answers: bytes) -> Iterator[Result]:
-    """The results, as far as they have come whole."""
-    with contextlib.suppress(ValueError):  # A program that writes here has no more.
+    """The results, as far as they have come whole: a program can spoil what follows."""
+    with contextlib.suppress(ValueError):
         while answers:
             line, _, answers = answers.partition(b"\n")
-            returncode, timed_out, *lengths = json.loads(line)
-            printed = []
-            for length in lengths:
-                printed.append(answers[:length].decode(errors="replace"))
-                answers = answers[length:]
-            stdout, stderr = printed
-            yield Result(stdout, stderr, int(returncode), bool(timed_out))
+            returncode, timed_out, out, err = map(int, line.split())
+            stdout, stderr = answers[:out], answers[out : out + err]
+            answers = answers[out + err :]
+            yield Result(
+                stdout.decode(errors="replace"),
+                stderr.decode(errors="replace"),
+                returncode,
+                bool(timed_out),
+            )
 
 
 @contextlib.contextmanager
@@ -226,9 +232,11 @@ def _file(data: bytes) -> Iterator[int]:
 # --- the walls ------------------------------------------------------------------------
 
 
-def _bubblewrap(limits: list[str], code_fd: int, filter_fd: int) -> list[str]:
+def _bubblewrap(
+    limits: list[str], file_mb: int, code_fd: int, filter_fd: int
+) -> list[str]:
     stage, places = _libraries()
-    size = ["--size", str(FILE_MB << 20)]
+    size = ["--size", str(2 * file_mb << 20)]
     return [
         *(["unshare", "--mount", "sh", "-ec", f'{stage}exec "$@"', "sh"] * bool(stage)),
         # The user goes first: limits on processes do not hold for root, whatever a
@@ -247,21 +255,21 @@ def _bubblewrap(limits: list[str], code_fd: int, filter_fd: int) -> list[str]:
         *["--remount-ro", "/dev", "--remount-ro", "/"],
         # Last, so that the namespace's processes are counted alone.
         *limits,
-        *[_INTERPRETER, "/supervisor.py"],
+        *[*_INTERPRETER, "/supervisor.py"],
     ]
 
 
-def _unshare(limits: list[str], code_fd: int, _: int) -> list[str]:
+def _unshare(limits: list[str], file_mb: int, code_fd: int, _: int) -> list[str]:
     stage, places = _libraries()
-    interpreter = _INTERPRETER
+    interpreter, *options = _INTERPRETER
     for path, at in places.items():
         interpreter = interpreter.replace(f"{path}/", f"{at}/")
     script = f"""{stage}
         while read -r _ at _; do
           mount -o remount,bind,ro "$at" 2> /dev/null || :  # Else it is not ours to write.
         done < /proc/mounts
-        mount -t tmpfs -o size={FILE_MB}m none /dev/shm
-        mount -t tmpfs -o size={FILE_MB}m none /tmp
+        mount -t tmpfs -o size={2 * file_mb}m none /dev/shm
+        mount -t tmpfs -o size={2 * file_mb}m none /tmp
         cd /tmp
         exec "$@" """
     become_root = ["--map-root-user"] * (os.geteuid() != 0)
@@ -269,19 +277,20 @@ def _unshare(limits: list[str], code_fd: int, _: int) -> list[str]:
         *["unshare", "-m", "-n", "-p", "-f", "-i", "-u", "--mount-proc"],
         *["--kill-child", *become_root, "sh", "-ec", script, "sh"],
         *(_drop_user() or _DROP_PRIVILEGES),
-        *[*limits, interpreter, f"/dev/fd/{code_fd}"],
+        *[*limits, interpreter, *options, f"/dev/fd/{code_fd}"],
     ]
 
 
-def _rlimits(limits: list[str], code_fd: int, _: int) -> list[str]:
+def _rlimits(limits: list[str], _: int, code_fd: int, __: int) -> list[str]:
     # Without a namespace, all processes of the user would count.
     limits = [limit for limit in limits if not limit.startswith("--nproc")]
-    return [*limits, _INTERPRETER, f"/dev/fd/{code_fd}"]
+    return [*limits, *_INTERPRETER, f"/dev/fd/{code_fd}"]
 
 
 _COMMANDS = {"bubblewrap": _bubblewrap, "unshare": _unshare, "rlimits": _rlimits}
 
-_INTERPRETER = os.path.realpath(sys.executable)
+# The site module would take longer to import than all else; PYTHONPATH does its work.
+_INTERPRETER = [os.path.realpath(sys.executable), "-S"]
 _PREFIX = os.path.realpath(sys.base_prefix)
 _PACKAGES = os.path.realpath(sysconfig.get_path("purelib"))
 
