@@ -142,7 +142,7 @@ def _example(row: Mapping[str, Any], origin: str, *, prompt_id: int) -> Example:
     response, source = row.get("response"), row.get("data_source") or ""
     if answer is not None and not _is_answer(answer):
         raise InputError(
-            f"{origin}: the answer must be text that is not empty, a list of such, or an "
+            f"{origin}: answer must be text that is not empty, a list of such, or an "
             "object"
         )
     if response is not None and not _is_text(response):

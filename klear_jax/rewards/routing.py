@@ -22,6 +22,12 @@ class Kind:
     function: str  # A key of rewards.pool.REWARDS, or 'module:function'.
     options: Mapping[str, Any]  # Its keyword arguments.
 
+    def __post_init__(self):
+        if self.function == "code":
+            for name in ("max_tests", "isolation"):  # Read before a response is scored.
+                if name not in self.options:
+                    raise InputError(f"options.{name} is not set")
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
@@ -86,7 +92,7 @@ def check(config: RewardConfig, rows: Iterable[Row]) -> None:
             unknown[row.source] += 1
             continue
         if kind.function == "code":
-            sandbox.choose(kind.options.get("isolation", "auto"))
+            sandbox.choose(kind.options["isolation"])
             try:
                 code.parse(row.answer)
             except InputError as error:
