@@ -53,8 +53,9 @@ class Writer:
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for name, x in numbers.items():
-            self._tensorboard.add_scalar(name, x, step)
+        for name, x in finite.items():
+            if x is not None:  # As the length of right answers, where there are none.
+                self._tensorboard.add_scalar(name, x, step)
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes the samples of one step as one file, a JSON line each."""

@@ -1,4 +1,4 @@
-"""Makes a data set and its tokenizer: python -m klear_jax.prepare_data --output=DIR."""
+"""Makes data sets and their tokenizer: python -m klear_jax.prepare_data --output=DIR."""
 
 import json
 import tempfile
@@ -11,19 +11,23 @@ from etils import epath
 
 from klear_jax import tokens
 from klear_jax.config import run_main
-from klear_jax.data import arithmetic, builders, examples
+from klear_jax.data import arithmetic, builders, examples, programs
 from klear_jax.errors import InputError
 
 # Our own set of flags, so that importing this file defines none for others.
 _FLAGS = flags.FlagValues()
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write to.", _FLAGS)
-_TASK = flags.DEFINE_enum(
-    "task", "chain_sum", list(arithmetic.TASKS), "The problems.", _FLAGS
+_TASK = flags.DEFINE_list(
+    "task",
+    ["chain_sum"],
+    "The problems, a data set each: programs, or one of reasoning-gym's "
+    f"{', '.join(arithmetic.TASKS)}.",
+    _FLAGS,
 )
 _NUM_PROBLEMS = flags.DEFINE_integer(
     "num_problems",
     60_000,
-    "Problems to draw; repeated ones are dropped.",
+    "Problems to draw; repeated ones are dropped. Of programs, at most as many as there are.",
     lower_bound=1,
     flag_values=_FLAGS,
 )
@@ -47,25 +51,44 @@ _GENERATOR = flags.DEFINE_list(
 _HELP = flags.DEFINE_boolean("help", False, "Show this.", _FLAGS)
 
 
-def prepare(output: epath.PathLike, settings: Mapping[str, Any]) -> epath.Path:
-    """Writes the data set under output and its tokenizer to output/tokenizer.
+def prepare(output: epath.PathLike, *settings: Mapping[str, Any]) -> list[epath.Path]:
+    """Writes data sets under output and one tokenizer for all to output/tokenizer.
 
     What is already there is kept, if it was made with the same settings.
 
     Args:
       output: the folder.
-      settings: the arguments of `arithmetic.make_problems`.
+      settings: of each data set: its `task`, and the arguments of
+        `arithmetic.make_problems`.
 
     Returns:
-      The folder of the data set, <output>/arithmetic/<version>.
+      The folders of the data sets, such as <output>/arithmetic/<version>.
 
     Raises:
-      InputError: bad settings, or others than those of the data set in the folder.
+      InputError: bad settings, or others than those of a data set in the folder.
     """
     output = epath.Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, not a folder")
-    builder = builders.Arithmetic(data_dir=output, settings=settings)
+    paths = [_prepare_one(output, one) for one in settings]
+    folder = output / "tokenizer"
+    if (folder / "tokenizer_config.json").exists():  # Written last.
+        print(f"{folder} is there already")
+        return paths
+    rows = [row for path in paths for row in examples.read_examples(path, "sft")]
+    symbols = arithmetic.SYMBOLS
+    if any(one["task"] == "programs" for one in settings):
+        symbols += programs.SYMBOLS
+    texts = [row.problem + row.response for row in rows]
+    tokens.train_sentencepiece(texts, folder, symbols=symbols)
+    return paths
+
+
+def _prepare_one(output: epath.Path, settings: Mapping[str, Any]) -> epath.Path:
+    make = builders.Arithmetic
+    if settings["task"] == "programs":
+        make = builders.Programs
+    builder = make(data_dir=output, settings=settings)
     path = epath.Path(builder.data_dir)
     if path.exists():
         made_with = json.loads(_info(path).metadata["settings"])
@@ -77,17 +100,10 @@ def prepare(output: epath.PathLike, settings: Mapping[str, Any]) -> epath.Path:
                 " choose another folder"
             )
         print(f"{path} is there already")
-    else:
-        # Nothing is downloaded, but TFDS makes the folder for it.
-        with tempfile.TemporaryDirectory() as scratch:
-            builder.download_and_prepare(download_dir=scratch)
-    folder = output / "tokenizer"
-    if (folder / "tokenizer_config.json").exists():  # Written last.
-        print(f"{folder} is there already")
-    else:
-        rows = examples.read_examples(path, "sft")
-        texts = [row.problem + row.response for row in rows]
-        tokens.train_sentencepiece(texts, folder, symbols=arithmetic.SYMBOLS)
+        return path
+    # Nothing is downloaded, but TFDS makes the folder for it.
+    with tempfile.TemporaryDirectory() as scratch:
+        builder.download_and_prepare(download_dir=scratch)
     return path
 
 
@@ -135,18 +151,19 @@ def main(argv: list[str]) -> None:
         raise InputError(
             f"--output=DIR is needed, and no arguments beside flags: {rest}"
         )
-    path = prepare(
-        _OUTPUT.value,
+    settings = [
         {
-            "task": _TASK.value,
+            "task": task,
             "num_problems": _NUM_PROBLEMS.value,
             "seed": _SEED.value,
             "direct_share": _DIRECT_SHARE.value,
             "generator": _generator(_GENERATOR.value),
-        },
-    )
-    print(counts_table(path))
-    print(f"data set   {path}")
+        }
+        for task in _TASK.value
+    ]
+    for path in prepare(_OUTPUT.value, *settings):
+        print(counts_table(path))
+        print(f"data set   {path}")
     print(f"tokenizer  {epath.Path(_OUTPUT.value) / 'tokenizer'}")
 
 

@@ -209,9 +209,11 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
-            user_defined_symbols=list(
-                dict.fromkeys([IM_START, IM_END, "\n", SPACE_MARK, *symbols])
-            ),
+            user_defined_symbols=[
+                # sentencepiece looks for them where spaces are marks already.
+                symbol.replace(" ", SPACE_MARK)
+                for symbol in dict.fromkeys([IM_START, IM_END, "\n", " ", *symbols])
+            ],
             # Only <unk> stands before the symbols: ends are the chat's own markers.
             bos_id=-1,
             eos_id=-1,

@@ -63,7 +63,9 @@ def make_layout(c):
 
 
 def test_all_are_here():
-    assert NAMES == ["gppo_8b", "gppo_code_8b", "gppo_tiny", "sft_8b", "sft_tiny"]
+    assert {name.removeprefix("sft_").removeprefix("gppo_") for name in NAMES} == {
+        *("8b", "code_8b", "tiny", "code_tiny", "smollm2")
+    }
 
 
 def fields(cls, where=""):
@@ -116,8 +118,11 @@ def test_get_config_gives_a_new_one(name):
 def test_tasks_and_workdirs(name):
     task, c = parse(name)
     assert task == name.split("_")[0]
-    assert c.workdir == f"runs/{name}"
+    workdirs = {"gppo_smollm2": "runs/smollm2/gppo"}
+    assert c.workdir == workdirs.get(name, f"runs/{name}")
     follows = {
+        "gppo_smollm2": "runs/smollm2/model",
+        "gppo_code_tiny": "runs/sft_code_tiny",
         "gppo_tiny": "runs/sft_tiny",
         "gppo_8b": "runs/sft_8b",
         "gppo_code_8b": "runs/gppo_8b",
@@ -127,7 +132,11 @@ def test_tasks_and_workdirs(name):
 
 
 def test_stages_share_what_they_must():
-    for names in (("sft_tiny", "gppo_tiny"), ("sft_8b", "gppo_8b", "gppo_code_8b")):
+    for names in (
+        ("sft_tiny", "gppo_tiny"),
+        ("sft_code_tiny", "gppo_code_tiny"),
+        ("sft_8b", "gppo_8b", "gppo_code_8b"),
+    ):
         stages = [parse(name)[1] for name in names]
         for key in ("model", "tokenizer", "mesh", "dtype"):
             assert len({repr(getattr(c, key)) for c in stages}) == 1, key
@@ -352,7 +361,7 @@ def lower_train_step(c, layout, size, row):
     return set(metrics)
 
 
-@pytest.mark.parametrize("name", ["sft_tiny", "sft_8b"])
+@pytest.mark.parametrize("name", ["sft_tiny", "sft_code_tiny", "sft_8b"])
 def test_sft_programs(name):
     _, c = parse(name)
     layout = make_layout(c)

@@ -28,7 +28,8 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     output = tmp_path_factory.mktemp("prepared")
-    return output, prepare_data.prepare(output, SETTINGS)
+    [path] = prepare_data.prepare(output, SETTINGS)
+    return output, path
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_each_reason_to_drop_is_counted(monkeypatch):
     wrong = {"metadata": {"expression": "1 + 2"}, "answer": "4"}
     other = {"metadata": {"expression": "2 + 2"}, "answer": "4"}
     monkeypatch.setattr(arithmetic, "_draw", lambda *_: [entry, entry, wrong, other])
-    monkeypatch.setattr(arithmetic, "_hash", lambda *_: 5)
+    monkeypatch.setattr(arithmetic, "hash_of", lambda *_: 5)
     monkeypatch.setattr(arithmetic, "SPLIT_SHARES", {"sft": 100})
     made = arithmetic.make_problems(**SETTINGS)
     assert [row.problem for row in made.splits["sft"]] == ["1+1="]
@@ -159,7 +160,7 @@ def test_data_set_holds_the_problems(prepared):
 def test_preparing_again_keeps_all_and_other_settings_are_refused(prepared, capsys):
     output, path = prepared
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
-    assert prepare_data.prepare(output, SETTINGS) == path
+    assert prepare_data.prepare(output, SETTINGS) == [path]
     assert "there already" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*")} == before
     with pytest.raises(InputError, match=r"another seed \(0\): choose another folder"):

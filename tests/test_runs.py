@@ -198,6 +198,32 @@ def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
         assert steps == {line["step"] - 1, line["step"]}
 
 
+def test_surplus_and_refill_survive_a_kill(data, tmp_path, monkeypatch):
+    """4 groups a batch, 6 a step: one step needs two batches and leaves two groups, with
+    which the next step needs one batch."""
+    config = small_gppo(data)
+    config.rollout.prompts, config.rollout.max_groups = 4, 6
+    config.rollout.max_batches, config.rollout.surplus = 2, "carry"
+    start(config, tmp_path / "whole")
+    start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
+    start(config, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    batches = [line["sampler/batches"] for line in lines]
+    assert batches == [2, 1] * 3
+    assert [line["samples/groups_surplus"] for line in lines] == [2, 0] * 3
+    assert [line["samples/groups_used"] for line in lines] == [6] * 6
+    assert [line["samples/generated"] for line in lines] == [32 * n for n in batches]
+    for step, line in enumerate(lines):
+        samples = read_lines(
+            tmp_path / "run" / "rollouts" / f"step_{line['step']:06d}.jsonl"
+        )
+        ages = [step - sample["policy_steps"][0] for sample in samples]
+        assert ages == [1] * (48 - 32) * (step % 2) + [0] * 32 * int(batches[step])
+        prompts = [sample["prompt"] for sample in samples]
+        assert len(set(prompts)) == len(samples) // 8  # The second batch is another.
+
+
 def test_gppo_samples_and_metrics_agree(gppo_run):
     workdir, _ = gppo_run
     for line in read_lines(workdir / "metrics.jsonl"):

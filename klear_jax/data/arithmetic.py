@@ -118,7 +118,7 @@ def make_problems(
         problem = TASKS[task].problem(entry)
         split = split_of(problem)
         steps, answer = TASKS[task].chain(problem)
-        prompt_id = _hash("prompt_id", problem) % 2**31
+        prompt_id = hash_of("prompt_id", problem) % 2**31
         if problem in seen:
             dropped[split]["duplicate"] += 1
         elif str(answer) != entry["answer"]:
@@ -126,7 +126,7 @@ def make_problems(
         elif prompt_id in ids:  # Expected once or twice in 100,000.
             dropped[split]["prompt id taken"] += 1
         else:
-            is_direct = _hash(f"direct {seed}", problem) < direct_share * 2**64
+            is_direct = hash_of(f"direct {seed}", problem) < direct_share * 2**64
             chain = "" if is_direct else ";".join(steps)
             response = f"<think>{chain}</think>\\boxed{{{answer}}}"
             row = Problem(prompt_id, task, problem, response, str(answer))
@@ -141,7 +141,7 @@ def make_problems(
 
 def split_of(problem: str) -> str:
     """The split a problem belongs to, by its text alone."""
-    percent = _hash("split", problem) % 100
+    percent = hash_of("split", problem) % 100
     for split, share in SPLIT_SHARES.items():
         if percent < share:
             return split
@@ -167,7 +167,7 @@ def _draw(
         raise InputError(f"{task} with {settings}: {error}") from error
 
 
-def _hash(purpose: str, text: str) -> int:
+def hash_of(purpose: str, text: str) -> int:
     """64 bits, independent for each purpose."""
     digest = hashlib.blake2b(f"{purpose} {text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

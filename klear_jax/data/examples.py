@@ -54,13 +54,18 @@ def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
       path: the folder of one version of a TFDS data set (array_record), or a file: parquet
         if its name ends in .parquet, else JSON lines. Keys: prompt (text, or a list of
         {role, content}) or problem (text); answer, or reward_model with a ground_truth,
-        response or both; data_source. Other keys are ignored.
+        response or both; data_source. Other keys are ignored. Several of them, with
+        commas between, are read one after the other, and their prompts numbered anew.
       split: of the TFDS data set; a file has none.
 
     Raises:
       InputError: missing or broken files, an unknown split, no examples, or a bad row,
         named by file and line.
     """
+    paths = str(path).split(",")
+    if len(paths) > 1:
+        rows = [row for part in paths for row in read_examples(part, split)]
+        return [dataclasses.replace(row, prompt_id=i) for i, row in enumerate(rows)]
     path = epath.Path(path)
     if path.is_dir():
         examples = _read_tfds(path, split)

@@ -18,6 +18,7 @@ interpreter's frames, or whose values claim to be equal to everything.
 """
 
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -151,7 +152,8 @@ def score(
         return wrong
     if not program:
         return wrong
-    passes = _passes(program, tests, memory_mb=memory_mb, isolation=isolation)
+    text = json.dumps(dataclasses.asdict(tests), sort_keys=True)
+    passes = _passes(program, text, memory_mb=memory_mb, isolation=isolation)
     passed, failed = passes.count(True), passes.count(False)
     if not soft:
         return wrong if failed else correct
@@ -169,7 +171,10 @@ def extract(response: str) -> str | None:
     return answer[start : answer.find(closing, start)]
 
 
-def _passes(program: str, tests: Tests, **limits: Any) -> list[bool]:
+# The samples of a group repeat programs.
+@functools.lru_cache(maxsize=256)
+def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
+    tests = Tests(**json.loads(tests))
     if tests.form == "inputs":
         programs = [(program, stdin) for stdin, _ in tests.cases]
         expected = [stdout for _, stdout in tests.cases]
@@ -184,7 +189,7 @@ def _passes(program: str, tests: Tests, **limits: Any) -> list[bool]:
             for test, token in zip(tests.cases, expected, strict=True)
         ]
     results = sandbox.run_all(programs, timeout_s=tests.timeout_s, **limits)
-    return [
+    return tuple(
         result.returncode == 0
         and (
             result.stdout.strip() == want.strip()
@@ -192,7 +197,7 @@ def _passes(program: str, tests: Tests, **limits: Any) -> list[bool]:
             else want in result.stdout
         )
         for result, want in zip(results, expected, strict=True)
-    ]
+    )
 
 
 # The token, and what is still needed, are held by a function, whose names the program does
