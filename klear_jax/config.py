@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.machinery
 import json
+import logging
 import pathlib
 import re
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from klear_jax.errors import InputError
@@ -32,8 +34,12 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     # A second run of the same program skips its compilation.
     cache = pathlib.Path("~/.cache/klear_jax").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    logging.set_verbosity(logging.WARNING)
-    logging.set_stderrthreshold("warning")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_stderrthreshold("warning")
+    ours = logging.getLogger("klear_jax")  # As what programs of the model run under.
+    ours.setLevel(logging.INFO)
+    ours.addHandler(logging.StreamHandler())
+    ours.propagate = False
     try:
         main(sys.argv)
     except InputError as error:

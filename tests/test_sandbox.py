@@ -1,6 +1,7 @@
 """Programs that try to get out, to stay, or to take all there is."""
 
 import ctypes
+import logging
 import os
 import pathlib
 import shutil
@@ -33,16 +34,20 @@ WALLS = [
 ]
 
 
+MARK = f"mark-{os.getpid()}"  # Others may run sandboxes at the same time.
+
+
 def ours():
-    """Processes that belong to a sandbox, and files that one could have left."""
+    """Processes of this file's sandboxes that are alive."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
+            marked = MARK.encode() in (path / "environ").read_bytes()
             state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            words = (path / "cmdline").read_bytes()
         except OSError:
             continue
-        if state != "Z" and any(b"supervisor.py" in word for word in words):
+        if marked and state not in "ZX" and int(path.name) != os.getpid():
             found.append(words)
     return found
 
@@ -52,7 +57,10 @@ def nothing_is_left():
     before = {
         folder: set(os.listdir(folder)) for folder in ("/tmp", "/dev/shm", "/mnt")
     }
+    environment = sandbox._environment
+    sandbox._environment = lambda isolation: environment(isolation) | {"MARK": MARK}
     yield
+    sandbox._environment = environment
     assert ours() == []
     for folder, names in before.items():
         new = set(os.listdir(folder)) - names
@@ -433,6 +441,8 @@ def test_a_worker_that_is_killed_takes_its_program_along():
 import os, sys
 sys.path[:0] = {[p for p in sys.path if p]!r}
 from klear_jax.rewards import sandbox
+environment = sandbox._environment
+sandbox._environment = lambda isolation: environment(isolation) | {{"MARK": {MARK!r}}}
 sandbox.choose("bubblewrap")
 print("ready", flush=True)
 sandbox.run("import time; time.sleep(100)", timeout_s=100, isolation="bubblewrap")
@@ -519,6 +529,23 @@ def test_a_host_without_walls_is_refused(monkeypatch):
         ):
             sandbox.choose()
     finally:
+        sandbox.choose.cache_clear()
+
+
+def test_what_was_chosen_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("klear_jax"), "propagate", True)
+    caplog.set_level("INFO", logger="klear_jax")
+    sandbox.choose.cache_clear()
+    sandbox.choose()
+    assert caplog.messages == ["programs of the model run under bubblewrap"]
+    caplog.clear()
+    if works("unshare"):
+        caplog.clear()
+        monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", lambda *_: ["/no/bwrap"])
+        sandbox.choose.cache_clear()
+        assert sandbox.choose() == "unshare"
+        [record] = caplog.records
+        assert record.levelname == "WARNING" and "/no/bwrap" in record.message
         sandbox.choose.cache_clear()
 
 

@@ -29,6 +29,7 @@ import marshal
 import os
 import pathlib
 import platform
+import re
 import selectors
 import shlex
 import signal
@@ -134,9 +135,13 @@ def choose(isolation: str = "auto") -> str:
         except OSError as error:
             failures.append(f"{name}: {str(error).splitlines()[-1]}")
             continue
-        level = logging.INFO if name == "bubblewrap" else logging.WARNING
-        text = "programs of the model run under %s (%s)"
-        logging.getLogger(__name__).log(level, text, name, "; ".join(failures))
+        logging.getLogger(__name__).log(
+            logging.INFO if name == LADDER[0] else logging.WARNING,
+            f"programs of the model run under {name}"
+            + (
+                f", for others do not work here: {'; '.join(failures)}" * bool(failures)
+            ),
+        )
         return name
     raise InputError(
         f"this host cannot isolate programs of the model ({'; '.join(failures)}): install "
@@ -169,7 +174,7 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
             cwd = stack.enter_context(tempfile.TemporaryDirectory())
         fds = [
             stack.enter_context(_file(data))
-            for data in (_SUPERVISOR, _forbidden_calls())
+            for data in (_SUPERVISOR, _forbidden_calls(), b"")
         ]
         process = subprocess.Popen(
             _COMMANDS[isolation](limits, file_mb, *fds),
@@ -182,7 +187,7 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
             start_new_session=True,
         )
         stack.enter_context(process)
-        stack.callback(_kill, process)
+        stack.callback(_end, process, status_fd=fds[2])
         out, err = _follow(
             process,
             marshal.dumps(order),
@@ -233,17 +238,17 @@ def _file(data: bytes) -> Iterator[int]:
 
 
 def _bubblewrap(
-    limits: list[str], file_mb: int, code_fd: int, filter_fd: int
+    limits: list[str], file_mb: int, code_fd: int, filter_fd: int, status_fd: int
 ) -> list[str]:
     stage, places = _libraries()
     size = ["--size", str(2 * file_mb << 20)]
     return [
-        *(["unshare", "--mount", "sh", "-ec", f'{stage}exec "$@"', "sh"] * bool(stage)),
+        *_show(stage),
         # The user goes first: limits on processes do not hold for root, whatever a
         # namespace calls it.
         *_drop_user(),
         *["bwrap", "--unshare-all", "--die-with-parent", "--new-session"],
-        *["--cap-drop", "ALL"],
+        *["--cap-drop", "ALL", "--json-status-fd", str(status_fd)],
         *(["--seccomp", str(filter_fd)] * bool(_forbidden_calls())),
         *["--ro-bind", "/usr", "/usr"],
         *[part for name in ("bin", "lib", "lib64") for part in _as_on_host(f"/{name}")],
@@ -259,12 +264,12 @@ def _bubblewrap(
     ]
 
 
-def _unshare(limits: list[str], file_mb: int, code_fd: int, _: int) -> list[str]:
+def _unshare(limits: list[str], file_mb: int, code_fd: int, *_: int) -> list[str]:
     stage, places = _libraries()
     interpreter, *options = _INTERPRETER
     for path, at in places.items():
         interpreter = interpreter.replace(f"{path}/", f"{at}/")
-    script = f"""{stage}
+    script = f"""
         while read -r _ at _; do
           mount -o remount,bind,ro "$at" 2> /dev/null || :  # Else it is not ours to write.
         done < /proc/mounts
@@ -272,16 +277,16 @@ def _unshare(limits: list[str], file_mb: int, code_fd: int, _: int) -> list[str]
         mount -t tmpfs -o size={2 * file_mb}m none /tmp
         cd /tmp
         exec "$@" """
-    become_root = ["--map-root-user"] * (os.geteuid() != 0)
     return [
-        *["unshare", "-m", "-n", "-p", "-f", "-i", "-u", "--mount-proc"],
-        *["--kill-child", *become_root, "sh", "-ec", script, "sh"],
-        *(_drop_user() or _DROP_PRIVILEGES),
-        *[*limits, interpreter, *options, f"/dev/fd/{code_fd}"],
+        *_show(stage),
+        *_drop_user(),
+        *["unshare", "--map-root-user", "-m", "-n", "-p", "-f", "-i", "-u"],
+        *["--mount-proc", "--kill-child", "sh", "-ec", script, "sh"],
+        *[*_DROP_PRIVILEGES, *limits, interpreter, *options, f"/dev/fd/{code_fd}"],
     ]
 
 
-def _rlimits(limits: list[str], _: int, code_fd: int, __: int) -> list[str]:
+def _rlimits(limits: list[str], _: int, code_fd: int, *__: int) -> list[str]:
     # Without a namespace, all processes of the user would count.
     limits = [limit for limit in limits if not limit.startswith("--nproc")]
     return [*limits, *_INTERPRETER, f"/dev/fd/{code_fd}"]
@@ -297,6 +302,11 @@ _PACKAGES = os.path.realpath(sysconfig.get_path("purelib"))
 _DROP_PRIVILEGES = [
     *["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
 ]
+
+
+def _show(stage: str) -> list[str]:
+    """What runs the script of `_libraries` before what follows."""
+    return ["unshare", "--mount", "sh", "-ec", f'{stage}exec "$@"', "sh"] * bool(stage)
 
 
 def _drop_user() -> list[str]:
@@ -464,14 +474,35 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """Ends the process with all that descend from it, and waits until they are gone."""
-    if process.poll() is None:
-        for pid in _tree(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    for stream in (process.stdout, process.stderr):
-        # Open as long as one of them lives.
-        while not stream.closed and os.read(stream.fileno(), 1 << 16):
-            pass
+def _end(process: subprocess.Popen, status_fd: int) -> None:
+    """Waits until the process is gone with all that descend from it, and sees to it if they
+    still print. The first goes last and by itself: it is the one who buries the next, where
+    the host's init may not, and who would be left would count as a process for ever."""
+    first, *others = _tree(process.pid)
+    if not (process.stdout.closed and process.stderr.closed):
+        _signal(others)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(2.0)  # It takes milliseconds.
+    _signal([first, *others] if process.poll() is None else [])
+    process.wait()
+    # bwrap ends a little before the first process of its namespace, which goes last there.
+    os.lseek(status_fd, 0, os.SEEK_SET)
+    found = re.search(rb'"child-pid": *(\d+)', os.read(status_fd, 1 << 12))
+    others += [int(found[1])] if found else []
+    patience = time.monotonic() + 2.0
+    while any(map(_alive, others)) and time.monotonic() < patience:
+        time.sleep(0.002)
+
+
+def _signal(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False
+    return state.split()[0] not in "ZX"
