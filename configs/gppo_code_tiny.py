@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rewards = sft.rewards
     c.minibatch_prompts = 4
     c.micro_rows = 32
-    c.num_steps = 40
+    c.num_steps = 30
     c.optim.peak_lr = c.optim.end_lr = 2e-4
     c.evaluation = sft.evaluation
     return c

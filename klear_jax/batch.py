@@ -1,7 +1,7 @@
 """A rollout batch -> advantages -> rows of the train step, and what is told of them.
 
-Shape letters: B samples of a step, b of them chosen to train on, T tokens of a row (prompt
-and response).
+Shape letters: B samples of a step, b of them chosen to train on, G groups, T tokens of a row
+(prompt and response).
 """
 
 import dataclasses

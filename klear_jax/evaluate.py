@@ -229,6 +229,7 @@ class CommandConfig:
 
 
 def main(argv: list[str]) -> None:
+    """The command, see above."""
     texts = {
         "workdir": "Evaluate its newest checkpoint, and write evaluation.json there.",
         "model": "Evaluate this Hugging Face folder or workdir instead.",

@@ -12,6 +12,7 @@ from klear_jax.errors import InputError
 
 
 def main(argv: list[str]) -> None:
+    """The command, see above."""
     texts = {
         "workdir": "The run to export.",
         "output": "A new folder: config.json, safetensors, tokenizer.",

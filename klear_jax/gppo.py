@@ -160,6 +160,7 @@ class Inputs:
 
 
 def read_inputs(config: GppoConfig) -> Inputs:
+    """Reads all that the config names; an InputError for what cannot serve the run."""
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
     for _, row_tokens in sampler_uses(config):
@@ -185,7 +186,7 @@ def run(config: GppoConfig) -> None:
     inputs = read_inputs(config)
     layout, tokenizer = inputs.layout, inputs.tokenizer
     pool = routing.make_pool(config.rewards)
-    checkpoint.open_workdir(config, tokenizer)
+    checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
 
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,

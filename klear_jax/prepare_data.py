@@ -140,6 +140,7 @@ def _generator(assignments: list[str]) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> None:
+    """The command, see above."""
     try:
         rest = _FLAGS(argv)[1:]
     except flags.Error as error:

@@ -14,6 +14,7 @@ TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
 
 
 def main(argv: list[str]) -> None:
+    """The command, see above."""
     texts = {"workdir": "Where all of the run is written, and resumed from."}
     flags = config.parse_flags(argv, __doc__, texts)
     values = flags.config.to_dict()

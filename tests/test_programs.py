@@ -15,6 +15,13 @@ from klear_jax.errors import InputError
 from klear_jax.rewards import code
 
 TASKS = list(programs.all_tasks())
+SETTINGS = {
+    "task": "programs",
+    "num_problems": 3_000,
+    "seed": 1,
+    "direct_share": 0.5,
+    "generator": {},
+}
 
 
 def execute(program, stdin):
@@ -49,7 +56,7 @@ def test_every_problem_is_said_in_its_own_words():
 
 @pytest.fixture(scope="module")
 def made():
-    return programs.make_problems(num_problems=3_000, seed=1, direct_share=0.5)
+    return programs.make_problems(**SETTINGS)
 
 
 def test_splits_are_disjoint_and_by_text(made):
@@ -59,7 +66,7 @@ def test_splits_are_disjoint_and_by_text(made):
     assert len({problem for problem, _ in found}) == len(found) == 3_000
     for problem, split in found:
         assert arithmetic.split_of(problem) == split
-    again = programs.make_problems(num_problems=3_000, seed=2, direct_share=0.5)
+    again = programs.make_problems(**SETTINGS | {"seed": 2})
     mine, other = ({row.problem for row in x.splits["test"]} for x in (made, again))
     rest = {row.problem for split in ("sft", "rl") for row in again.splits[split]}
     assert mine & other and not mine & rest
@@ -85,11 +92,16 @@ def test_rows_hold_a_plan_or_not_and_sixteen_tests(made):
 
 
 def test_the_same_settings_give_the_same_rows(made):
-    again = programs.make_problems(num_problems=3_000, seed=1, direct_share=0.5)
+    again = programs.make_problems(**SETTINGS)
     assert again == made
     json.dumps(made.dropped)
 
 
 def test_too_few_are_refused():
     with pytest.raises(InputError, match="1 programs problems leave"):
-        programs.make_problems(num_problems=1, seed=0, direct_share=0.5)
+        programs.make_problems(**SETTINGS | {"num_problems": 1})
+
+
+def test_settings_of_another_task_are_refused():
+    with pytest.raises(InputError, match="programs have no generator to set min_terms"):
+        programs.make_problems(**SETTINGS | {"generator": {"min_terms": 3}})

@@ -144,7 +144,7 @@ def test_no_files_of_the_host_and_no_environment(isolation, tmp_path, monkeypatc
         f"""
 import os
 print(dict(os.environ))
-for path in ({str(secret)!r}, "/etc/shadow", "/root/.ssh", "/proc/1/environ", "/proc/kcore"):
+for path in ({str(secret)!r}, "/etc/shadow", "/var/log", "/proc/1/environ", "/proc/kcore"):
     try:
         print(open(path).read())
     except OSError as error:
@@ -380,6 +380,24 @@ print("ended")
     assert result.stdout == "ended\n"
     assert time.monotonic() - start < 5
     assert ours() == []
+
+
+@pytest.mark.parametrize("isolation", WALLS)
+def test_what_one_program_leaves_takes_no_room_from_the_next(isolation):
+    leaves = """
+import os, time
+for _ in range(8):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            time.sleep(100)
+        os._exit(0)
+    os.wait()
+print("ended")
+"""
+    got = sandbox.run_all(
+        [(leaves, "")] * 8, timeout_s=5, memory_mb=1024, isolation=isolation
+    )
+    assert got == [sandbox.Result("ended\n", "", 0, False)] * 8
 
 
 @pytest.mark.parametrize("isolation", WALLS)

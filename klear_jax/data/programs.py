@@ -154,36 +154,45 @@ def all_tasks() -> Iterator[Task]:
 
 
 def make_problems(
-    *, num_problems: int, seed: int, direct_share: float, **_: Any
+    task: str,
+    *,
+    num_problems: int,
+    seed: int,
+    direct_share: float,
+    generator: Mapping[str, int],
 ) -> Problems:
     """Draws num_problems of all problems, each in the split its text falls into.
 
     Args:
+      task: 'programs'.
       num_problems: how many to draw, at most all that there are, 13,384.
       seed: of the draw, of the tests and of the choice which responses are direct.
       direct_share: share of problems whose response has no plan.
+      generator: of other tasks; there is nothing to set here.
 
     Raises:
-      InputError: there are too few for every split.
+      InputError: there are too few for every split, or settings for a generator.
     """
+    if generator:
+        raise InputError(f"{task} have no generator to set {', '.join(generator)}")
     tasks = list(all_tasks())
     num_problems = min(num_problems, len(tasks))
     splits: Mapping[str, list[Problem]] = {split: [] for split in SPLIT_SHARES}
-    for number, task in enumerate(random.Random(seed).sample(tasks, num_problems)):
-        problem = task.words()
+    for number, one in enumerate(random.Random(seed).sample(tasks, num_problems)):
+        problem = one.words()
         rng = random.Random(hash_of(f"program {seed}", problem))
-        tests = [task.test(rng) for _ in range(NUM_TESTS)]
+        tests = [one.test(rng) for _ in range(NUM_TESTS)]
         inputs, outputs = zip(*tests, strict=True)
-        plan, program = task.plan(), task.program()
+        plan, program = one.plan(), one.program()
         if rng.random() < direct_share:
             plan = ""
             if rng.random() < WRONG_SHARE:
-                program = task.spoiled(rng).program()
+                program = one.spoiled(rng).program()
         answer = {"inputs": list(inputs), "outputs": list(outputs), "timeout": 5}
         splits[split_of(problem)].append(
             Problem(
                 prompt_id=number,
-                task="programs",
+                task=task,
                 problem=problem,
                 response=f"<think>{plan}</think>\n```python\n{program}\n```",
                 answer=json.dumps(answer),
@@ -191,5 +200,5 @@ def make_problems(
         )
     for split, rows in splits.items():
         if not rows:
-            raise InputError(f"{num_problems} programs problems leave {split} empty")
+            raise InputError(f"{num_problems} {task} problems leave {split} empty")
     return Problems(splits, {s: dict.fromkeys(DROP_REASONS, 0) for s in splits})

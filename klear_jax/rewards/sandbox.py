@@ -49,9 +49,7 @@ LADDER = ("bubblewrap", "unshare", "rlimits")  # The best first.
 NOBODY = 65534  # Who runs the programs if we are root.
 PROCESSES = 32  # And threads, of a program.
 OPEN_FILES = 64
-FILE_MB = (
-    16  # MiB of a file, and of what is printed; half of all of /tmp and of /dev/shm.
-)
+FILE_MB = 16  # Of a file, and of what is printed; /tmp and /dev/shm hold twice that.
 _TICK_S = 0.05  # Between looks at the memory in use.
 _START_S = 20.0  # For all that is no program's time, on a busy host.
 
@@ -128,20 +126,18 @@ def choose(isolation: str = "auto") -> str:
         raise InputError(
             f"isolation must be 'auto' or one of {LADDER}, not {isolation!r}"
         )
-    failures = []
+    failures: list[str] = []
     for name in LADDER[:2] if isolation == "auto" else [isolation]:
         try:
             _run_all([("", "")], 20, 1024, name)
         except OSError as error:
             failures.append(f"{name}: {str(error).splitlines()[-1]}")
             continue
-        logging.getLogger(__name__).log(
-            logging.INFO if name == LADDER[0] else logging.WARNING,
-            f"programs of the model run under {name}"
-            + (
-                f", for others do not work here: {'; '.join(failures)}" * bool(failures)
-            ),
-        )
+        said = f"programs of the model run under {name}"
+        if failures:
+            said += f", for others do not work here: {'; '.join(failures)}"
+        level = logging.INFO if name == LADDER[0] else logging.WARNING
+        logging.getLogger(__name__).log(level, said)
         return name
     raise InputError(
         f"this host cannot isolate programs of the model ({'; '.join(failures)}): install "

@@ -32,11 +32,7 @@ def supervise() -> str:
             become_child(streams, timeout_s)
             return code
         status, timed_out = wait(pid, timeout_s)
-        # What it has left behind: in a namespace, that is all but us.
-        try:
-            os.kill(-1, KILL) if alone else os.killpg(pid, KILL)
-        except OSError:
-            pass
+        end_others(pid, alone)
         printed = list(map(read_all, streams[1:]))
         for stream in streams:
             os.close(stream)
@@ -82,6 +78,20 @@ def wait(pid, timeout_s):
         os.kill(pid, KILL)
     _, status = os.waitpid(pid, 0)
     return status, timed_out
+
+
+def end_others(pid, alone):
+    """Ends what a child has left behind: in a namespace, that is all but us. As its first
+    process we bury them too, or their entries would count as processes."""
+    try:
+        os.kill(-1, KILL) if alone else os.killpg(pid, KILL)
+    except OSError:
+        pass
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        pass
 
 
 def empty(folder):
