@@ -38,7 +38,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     absl_logging.set_stderrthreshold("warning")
     ours = logging.getLogger("klear_jax")  # As what programs of the model run under.
     ours.setLevel(logging.INFO)
-    ours.addHandler(logging.StreamHandler())
+    ours.handlers = [logging.StreamHandler()]  # One, also if called again.
     ours.propagate = False
     try:
         main(sys.argv)

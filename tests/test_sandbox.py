@@ -551,8 +551,10 @@ def test_a_host_without_walls_is_refused(monkeypatch):
 
 
 def test_what_was_chosen_is_logged(monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("klear_jax"), "propagate", True)
-    caplog.set_level("INFO", logger="klear_jax")
+    logger = logging.getLogger("klear_jax.rewards.sandbox")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)  # Whatever the loggers above do.
+    caplog.set_level("INFO", logger=logger.name)
     sandbox.choose.cache_clear()
     sandbox.choose()
     assert caplog.messages == ["programs of the model run under bubblewrap"]
