@@ -114,6 +114,21 @@ def rewards(num_workers: int) -> ml_collections.ConfigDict:
     return c
 
 
+def benchmark_kinds() -> ml_collections.ConfigDict:
+    """The kinds of reward of an evaluation, which go before those of training: an answer
+    wherever it stands, and programs that pass all of their tests."""
+    c = ml_collections.ConfigDict()
+    c.math = ml_collections.ConfigDict()
+    c.math.function = "math_judge"  # [R] The whole text, no tags asked for.
+    c.math.options = ml_collections.ConfigDict()
+    c.math.options.correct = 1.0  # [R]
+    c.math.options.wrong = -1.0  # [R]
+    c.code = rewards(num_workers=1).kinds.code  # [R] As in training, but for:
+    c.code.options.soft = False  # [P] pass@1.
+    c.code.options.max_tests = 0  # [P] All that a problem has.
+    return c
+
+
 def gppo_loss() -> ml_collections.ConfigDict:
     """The section `loss`: GPPO (Eq. 11) and the LM loss on positive samples (Eq. 14)."""
     c = ml_collections.ConfigDict()
@@ -124,9 +139,13 @@ def gppo_loss() -> ml_collections.ConfigDict:
     c.beta_low, c.beta_high = 1.0, 1.0  # [P] Eq. 11; Eq. 17 names them.
     # No gradient where A < 0 and the ratio is above; a float from 1, or None: off, as [P].
     c.dual_clip = ml_collections.FieldReference(10.0)  # [R] Metrics count such tokens.
-    # 'token_mean' is over the whole mini-batch, where Eq. 11 averages per prompt and [R]
-    # per micro-batch. Others: 'seq_mean_token_mean', close to what [R] does in effect,
+    # 'token_mean' is over the whole mini-batch, where Eq. 11 averages per prompt, as does
+    # 'group_mean_token_mean', and [R] per micro-batch. Others: 'seq_mean_token_mean', close
+    # to what [R] does in effect,
     # 'seq_mean_token_sum', 'seq_mean_token_sum_norm'.
     c.aggregation = "token_mean"  # [ours] What DAPO and the name in [R] mean.
+    # Old log-probs from the 'trainer', which takes a pass over all samples, or as the
+    # 'sampler' had them; the gap between the two is measured with the former.
+    c.old_logp = "trainer"  # [R]
     c.positive_coef = 0.1  # [P] [R] alpha of Eq. 14, best in Table 6; 0: off.
     return c

@@ -92,6 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.max_new_tokens = 32_768  # [P] Table 1 without 64K.
     c.evaluation.stop_strings = ()  # [ours] Text that ends a response, beside the stop ids.
     c.evaluation.seed = 1_000  # [ours] Of the samples; training uses others.
+    c.evaluation.kinds = sections.benchmark_kinds()  # [R] [P]
     c.evaluation.every = 0  # [ours] Steps between evaluations during training; 0: none.
 
     c.checkpoint = ml_collections.ConfigDict()

@@ -86,6 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.max_new_tokens = 48
     c.evaluation.stop_strings = ()  # Text that ends a response, beside the stop ids.
     c.evaluation.seed = 1_000  # Of the samples; training uses others.
+    c.evaluation.kinds = ml_collections.ConfigDict()  # Scored as in training.
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.
 
     c.checkpoint = ml_collections.ConfigDict()

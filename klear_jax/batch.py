@@ -5,7 +5,8 @@ Shape letters: B samples of a step, b of them chosen to train on, G groups, T to
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,22 @@ from klear_jax import advantages, losses, sampler
 from klear_jax.rewards.routing import RewardConfig
 from klear_jax.rollout import OpenGroup, Rollout, RolloutConfig
 
+# Options of rewards that are values of a response, the best first.
+VALUES = ("correct", "no_think_end", "wrong", "no_think_start")
+RECORDED = ("behaviour_logp", "earlier_logp")  # Of rows: no update reads them.
 
-def select(
-    rollout: Rollout, config: RolloutConfig
-) -> tuple[np.ndarray, list[OpenGroup]]:
-    """Which samples to train on: the groups that teach something, up to `max_groups`.
+
+def select(rollout: Rollout, config: RolloutConfig) -> tuple[np.ndarray, list[int]]:
+    """Which samples to train on: the groups that teach something, up to `max_groups`, fresh
+    ones before those that have waited.
 
     Samples that our own fault left without a reward are out before anything is compared,
     and so is a sample that this leaves without another to compare with. Then, if the config
     says so, those that were cut off at the limit; then whole groups, by the filters.
 
     Returns:
-        The chosen samples [b] int, groups together and in order; and the groups that are
-        beyond `max_groups` and may wait for the next step: those that have not waited yet.
+        The chosen samples [b] int, groups together; and the groups, as indices, that are as
+        good but beyond `max_groups`.
     """
     use_B = np.isfinite(rollout.reward_B)
     if config.samples_per_prompt > 1:
@@ -42,20 +46,12 @@ def select(
         keep_B = advantages.informative(correct_B, group_B)
     keep_B &= advantages.group_mean(correct_B, group_B) <= config.max_accuracy
     kept = use[keep_B]
-    groups = advantages.groups(rollout.group_B[kept])
-    chosen, surplus = groups[: config.max_groups], groups[config.max_groups :]
-    waiting = [rollout.group_of(kept[rows[0]]) for rows in surplus]
+    good = [kept[rows] for rows in advantages.groups(rollout.group_B[kept])]
+    good.sort(key=lambda rows: rollout.group_of(rows[0]).waited)
+    chosen, surplus = good[: config.max_groups], good[config.max_groups :]
     return (
-        kept[np.concatenate(chosen)] if chosen else kept,
-        [open_ for open_ in waiting if not waited(open_)],
-    )
-
-
-def waited(open_: OpenGroup) -> bool:
-    """Whether the group was surplus of an earlier step: all of it is scored."""
-    return all(
-        len(old) == len(sample.tokens)
-        for old, sample in zip(open_.old_logp, open_.group.samples, strict=True)
+        np.concatenate(chosen) if chosen else kept,
+        [int(rollout.group_B[rows[0]]) for rows in surplus],
     )
 
 
@@ -144,7 +140,13 @@ def score_open(
     ]
 
 
-RECORDED = ("behaviour_logp", "earlier_logp")  # Of rows: no update reads them.
+def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """|trainer's - sampler's log-prob| of the sampled tokens: the two should be one."""
+    gap = np.abs(rows["old_logp"] - rows["behaviour_logp"])[rows["mask"] != 0]
+    return {
+        "logprob_gap/mean": float(gap.mean()) if gap.size else 0.0,
+        "logprob_gap/max": float(gap.max()) if gap.size else 0.0,
+    }
 
 
 def mini_batches(
@@ -154,6 +156,7 @@ def mini_batches(
     *,
     prompts: int,
     aggregation: losses.Aggregation,
+    norm_tokens: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Splits rows into mini-batches of whole groups, and weighs their tokens.
 
@@ -164,6 +167,7 @@ def mini_batches(
         rows: [b, T] each, from `make_rows`, with old_logp.
         groups_B: the group of each row.
         positive_B: rows of full credit.
+        aggregation, norm_tokens: see `losses.token_weights`.
 
     Yields:
         What `steps.gppo_loss` reads: rows with weight and positive_weight.
@@ -174,10 +178,14 @@ def mini_batches(
         index = np.concatenate([groups[g] for g in part])
         mini = {name: x[index] for name, x in rows.items() if name not in RECORDED}
         mask_BT = mini.pop("mask")
-        mini["weight"] = losses.token_weights(mask_BT, aggregation)
-        mini["positive_weight"] = losses.token_weights(
-            mask_BT * positive_B[index, None], aggregation
+        weigh = functools.partial(
+            losses.token_weights,
+            aggregation=aggregation,
+            groups_B=groups_B[index],
+            norm_tokens=norm_tokens,
         )
+        mini["weight"] = weigh(mask_BT)
+        mini["positive_weight"] = weigh(mask_BT * positive_B[index, None])
         yield mini
 
 
@@ -189,19 +197,21 @@ def sample_metrics(
 ) -> dict[str, float]:
     """What the samples of a step look like, before and after the filters: of the groups
     that the step has completed, without those that waited from the last one."""
-    new = [b for b in range(len(rollout)) if not waited(rollout.group_of(b))]
+    new = [b for b in range(len(rollout)) if not rollout.group_of(b).waited]
     samples = [rollout.samples[b] for b in new]
     outcomes = [rollout.outcomes[b] for b in new]
     reward_B, correct_B = rollout.reward_B[new], rollout.correct_B[new]
     length_B = np.array([len(sample.tokens) for sample in samples])
     finished_B = np.array([sample.finished for sample in samples])
     status = [outcome.status for outcome in outcomes]
+    scored_B = np.isfinite(reward_B)
     groups = advantages.groups(rollout.group_B[new])
     correct_G = np.array([correct_B[rows].sum() for rows in groups])
     histogram = np.bincount(correct_G, minlength=len(groups[0]) + 1) / len(groups)
     return {
-        "reward/mean": _mean(reward_B[np.isfinite(reward_B)]),
-        "reward/correct": _mean(correct_B),
+        "reward/mean": _mean(reward_B[scored_B]),
+        "reward/mean_used": _mean(rollout.reward_B[chosen]),
+        "reward/correct": _mean(correct_B[scored_B]),
         "reward/any_correct": _mean(correct_G > 0),
         # Shares of groups by how many of their samples are right.
         **{
@@ -240,39 +250,48 @@ def _mean(x: np.ndarray) -> float:
 def _reward_parts(
     rollout: Rollout, new: Sequence[int], rewards: RewardConfig
 ) -> dict[str, float]:
-    """Which share of the new samples got which of the values that the config names, such as
-    `no_think_end`, and which got another, as a program that passes some of its tests."""
-    parts = dict.fromkeys((*VALUES, "other"), 0.0)
+    """Which share of the new samples got which of the values that the config names, which
+    lack a tag (and got the value for it), which got another value, as a program that passes
+    some of its tests, and which none, by our fault ('masked')."""
+    parts = dict.fromkeys((*VALUES, "other", "masked"), 0.0)
     for b in new:
         kind = rewards.kinds[rewards.kind_of(rollout.group_of(b).source)]
-        score = rollout.outcomes[b].score
-        names = [name for name in VALUES if kind.options.get(name) == score]
-        parts[[*names, "other"][0]] += 1 / len(new)
+        score, text = rollout.outcomes[b].score, rollout.texts[b]
+        has = {
+            "correct": True,
+            "wrong": True,
+            "no_think_end": "</think>" not in text,
+            "no_think_start": "</think>" in text and "<think>" not in text,
+        }
+        names = [n for n in VALUES if has[n] and kind.options.get(n) == score]
+        name = [*names, "other"][0] if np.isfinite(score) else "masked"
+        parts[name] += 1 / len(new)
     return {f"reward_part/{name}": share for name, share in parts.items()}
 
 
-# Options of rewards that are values of a response, the best first.
-VALUES = ("correct", "no_think_end", "wrong", "no_think_start")
-
-
 def sample_rows(
-    rollout: Rollout, chosen: np.ndarray, rows: Mapping[str, np.ndarray]
+    rollout: Rollout,
+    chosen: np.ndarray,
+    rows: Mapping[str, np.ndarray],
+    waiting: Container[int],
 ) -> list[dict[str, Any]]:
     """The samples as they are written to rollouts/: one dict each.
 
     A sample that was not trained on has the advantage null; `rows` are those of the
-    others, from `make_rows`.
+    others, from `make_rows`. Groups that wait for the next step are written then.
     """
     first_B = rows["mask"].argmax(axis=1)  # A row's advantage stands on its response.
     advantage_B = rows["advantage"][np.arange(len(chosen)), first_B]
     advantage = dict(zip(chosen.tolist(), advantage_B.tolist(), strict=True))
     return [
         {
+            "prompt_id": rollout.group_of(b).group.prompt_id,
             "prompt": rollout.group_of(b).problem,
             "source": rollout.group_of(b).source,
             "response": rollout.texts[b],
             "reward": float(reward) if np.isfinite(reward) else None,
             "reward_status": outcome.status,
+            "reward_detail": outcome.detail,
             "advantage": advantage.get(b),
             "group": int(rollout.group_B[b]),
             "finished": rollout.samples[b].finished,
@@ -283,4 +302,5 @@ def sample_rows(
         for b, (outcome, reward) in enumerate(
             zip(rollout.outcomes, rollout.reward_B, strict=True)
         )
+        if rollout.group_B[b] not in waiting
     ]

@@ -2,8 +2,7 @@
 
 One checkpoint holds parameters, optimizer and step, the position in the data, and the
 samples that the next step goes on with; all randomness is a function of the seed and the
-step. It is named by the steps of the loop
-that are done.
+step. It is named by the steps of the loop that are done.
 """
 
 import dataclasses
@@ -22,6 +21,17 @@ from klear_jax import hf_weights, qwen3, steps, tokens
 from klear_jax.config import differences
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout, put
+
+# Of a config: what another start of the same run may have otherwise.
+MAY_CHANGE = tuple(
+    f"config.{name}"
+    for name in (
+        "workdir",
+        "checkpoint.",
+        "rewards.num_workers",
+        "rewards.memory_mb",
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +54,16 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
         tokenizer: saved beside the architecture in model/, for evaluation and export.
     """
     if config.init_from:
-        model_folder(config.init_from)
+        check_model(config.init_from, config.model)
     workdir = epath.Path(config.workdir)
     file = workdir / "config.json"
     text = json.dumps(dataclasses.asdict(config), indent=2)
     if file.exists():
-        changed = differences(hf_weights.read_json(file), json.loads(text))
+        changed = [
+            line
+            for line in differences(hf_weights.read_json(file), json.loads(text))
+            if not line.startswith(MAY_CHANGE)
+        ]
         if changed:
             raise InputError(
                 f"{workdir} belongs to a run with another config ({'; '.join(changed)}); "
@@ -171,12 +185,7 @@ def train_state(
         )
         return checkpoints.restore(place, data), shardings
     if init_from:
-        params, found = load_model(init_from)
-        # How far positions reach is a label: RoPE has no table to outgrow.
-        if dataclasses.replace(found, max_positions=config.max_positions) != config:
-            raise InputError(
-                f"init_from={init_from} holds {found}, but config.model says {config}"
-            )
+        params, _ = load_model(init_from)
         params = put(params, params_shardings)
     else:
         params = jax.jit(
@@ -197,6 +206,18 @@ def model_folder(path: str | epath.Path) -> epath.Path:
     raise InputError(
         f"{path} is neither a Hugging Face folder nor the workdir of a run"
     )
+
+
+def check_model(path: str | epath.Path, config: qwen3.Config) -> None:
+    """Raises an InputError unless there is a model of this architecture to load."""
+    found = hf_weights.read_config(model_folder(path))
+    # How far positions reach is a label: RoPE has no table to outgrow.
+    if dataclasses.replace(found, max_positions=config.max_positions) != config:
+        raise InputError(
+            f"init_from={path} holds {found}, but config.model says {config}"
+        )
+    if is_workdir(path) and not list((epath.Path(path) / "checkpoints").glob("[0-9]*")):
+        raise InputError(f"{path} has no finished checkpoint")
 
 
 def is_workdir(path: str | epath.Path) -> bool:

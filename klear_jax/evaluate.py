@@ -36,7 +36,7 @@ BOOTSTRAP = 10_000  # Resamples of the problems for an interval.
 class EvaluationConfig:
     """On what, and how, a model is evaluated."""
 
-    data: str  # A TFDS version folder or a JSON lines file.
+    data: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
     num_problems: int  # The first ones of the split; 0: all.
     num_samples: int  # n: samples a problem. 0: greedy only.
@@ -50,6 +50,7 @@ class EvaluationConfig:
     stop_strings: tuple[str, ...]
     seed: int
     every: int  # Steps of training between evaluations; 0: never.
+    kinds: Mapping[str, routing.Kind]  # Of reward, in place of those of training.
 
     def __post_init__(self):
         for name in ("num_problems", "num_samples", "every"):
@@ -84,16 +85,31 @@ class EvaluationConfig:
     def row_tokens(self) -> int:
         return self.max_prompt_tokens + self.max_new_tokens
 
+    def rewards(self, training: RewardConfig) -> RewardConfig:
+        """How answers are scored: as in training, but for `kinds`."""
+        return dataclasses.replace(training, kinds={**training.kinds, **self.kinds})
+
     def due(self, steps_done: int) -> bool:
         return self.every > 0 and steps_done % self.every == 0
 
 
 def load_problems(
-    config: EvaluationConfig, tokenizer: tokens.Tokenizer, rewards: RewardConfig
+    config: EvaluationConfig,
+    tokenizer: tokens.Tokenizer,
+    rewards: RewardConfig,
+    pool: Pool | None,
 ) -> dict[str, list[Any]]:
-    """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`."""
+    """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`.
+
+    Args:
+        rewards: those of training.
+        pool: to try the rewards out; None: they will not be needed.
+    """
     examples = read_examples(config.data, config.split)[: config.num_problems or None]
+    rewards = config.rewards(rewards)
     routing.check(rewards, examples)
+    if pool:
+        routing.try_out(pool, rewards, examples)
     return all_prompts(
         examples,
         tokenizer,
@@ -116,12 +132,17 @@ def evaluate(
 ) -> tuple[dict[str, float], list[rollout.Rollout]]:
     """Samples, scores and sums up.
 
+    Args:
+        rewards: those of training; `config.kinds` go before.
+
     Returns:
         Metrics, and the rollouts behind them (sampled, then greedy). With n samples:
         `avg@n` with `avg@n_low`, `avg@n_high` (95% bootstrap over problems), `pass@k` for
         k = 1, 2, 4 .. n (unbiased), `accuracy` (the same as avg@n), `length`, `finished`;
         `greedy` with its interval. A sample is right if its reward is full credit.
     """
+
+    rewards = config.rewards(rewards)
 
     def correct(num_samples, sampling):
         groups, _, _ = rollout.collect(
@@ -247,14 +268,14 @@ def main(argv: list[str]) -> None:
 
     path = flags.model or flags.workdir or c.init_from
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
-    problems = load_problems(c.evaluation, tokenizer, c.rewards)
-    if path:
-        params, model = checkpoint.load_model(path)
-    else:
-        params, model = qwen3.init_params(c.model, jax.random.key(c.seed)), c.model
-    layout = Layout(make_mesh(c.mesh), c.mesh.rules)
-    params = put(params, qwen3.params_shardings(model, layout))
     with routing.make_pool(c.rewards) as pool:
+        problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
+        if path:
+            params, model = checkpoint.load_model(path)
+        else:
+            params, model = qwen3.init_params(c.model, jax.random.key(c.seed)), c.model
+        layout = Layout(make_mesh(c.mesh), c.mesh.rules)
+        params = put(params, qwen3.params_shardings(model, layout))
         metrics, rollouts = evaluate(
             params,
             model,

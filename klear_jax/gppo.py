@@ -20,6 +20,7 @@ from klear_jax import (
     checkpoint,
     evaluate,
     losses,
+    metrics,
     optim,
     qwen3,
     rollout,
@@ -30,7 +31,6 @@ from klear_jax import (
 from klear_jax.data.batches import prompt_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
-from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
 from klear_jax.sampling import Sampling
@@ -39,11 +39,14 @@ from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str  # A TFDS version folder or a JSON lines file.
+    path: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
     too_long: (
         str  # A prompt over rollout.max_prompt_tokens: 'error' or 'truncate_left'.
     )
+
+
+OLD_LOGP = ("trainer", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class LossConfig:
     dual_clip: float | None
     aggregation: str
     positive_coef: float
+    old_logp: str  # Whose log-probs of the sampled tokens are the old ones: `OLD_LOGP`.
 
     def __post_init__(self):
         if self.kind not in losses.KINDS:
@@ -74,6 +78,19 @@ class LossConfig:
             )
         if self.kind == "cispo" and self.dual_clip is not None:
             raise InputError("loss.dual_clip must be None for 'cispo', which has none")
+        if self.dual_clip is not None and not self.dual_clip >= 1:
+            raise InputError(
+                f"loss.dual_clip must be None or at least 1, not {self.dual_clip}"
+            )
+        if not (self.beta_low >= 0 and self.beta_high >= 0):
+            raise InputError(
+                "loss.beta_low and loss.beta_high must not be negative: "
+                f"{self.beta_low}, {self.beta_high}"
+            )
+        if self.old_logp not in OLD_LOGP:
+            raise InputError(
+                f"loss.old_logp must be one of {OLD_LOGP}, not {self.old_logp!r}"
+            )
         if not 0 <= self.clip_low < 1 or self.clip_high < 0 or self.positive_coef < 0:
             raise InputError(
                 "loss.clip_low must be in [0, 1), loss.clip_high and loss.positive_coef not "
@@ -159,7 +176,7 @@ class Inputs:
     problems: Mapping[str, Sequence[Any]]  # To evaluate on.
 
 
-def read_inputs(config: GppoConfig) -> Inputs:
+def read_inputs(config: GppoConfig, pool: Pool) -> Inputs:
     """Reads all that the config names; an InputError for what cannot serve the run."""
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
@@ -169,6 +186,7 @@ def read_inputs(config: GppoConfig) -> Inputs:
     tokens.check_fits(tokenizer, config.model.vocab_size)
     examples = read_examples(config.data.path, config.data.split)
     routing.check(config.rewards, examples)
+    routing.try_out(pool, config.rewards, examples)
     prompts = prompt_batches(
         examples,
         tokenizer,
@@ -177,22 +195,30 @@ def read_inputs(config: GppoConfig) -> Inputs:
         seed=config.seed,
         too_long=config.data.too_long,
     )
-    problems = evaluate.load_problems(config.evaluation, tokenizer, config.rewards)
+    problems = evaluate.load_problems(
+        config.evaluation,
+        tokenizer,
+        config.rewards,
+        pool if config.evaluation.every else None,
+    )
     return Inputs(layout, tokenizer, prompts, problems)
 
 
 def run(config: GppoConfig) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands."""
-    inputs = read_inputs(config)
-    layout, tokenizer = inputs.layout, inputs.tokenizer
-    pool = routing.make_pool(config.rewards)
-    checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
+    with routing.make_pool(config.rewards) as pool:
+        inputs = read_inputs(config, pool)
+        checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
+        train(config, inputs, pool)
 
+
+def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
+    """The loop."""
+    layout, tokenizer = inputs.layout, inputs.tokenizer
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
-        Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
-        Compilations() as compilations,
-        pool,
+        metrics.Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        metrics.Compilations() as compilations,
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
@@ -211,16 +237,15 @@ def run(config: GppoConfig) -> None:
         bar = tqdm.trange(
             first, config.num_steps, desc="GPPO", initial=first, total=config.num_steps
         )
-        watch = Stopwatch()
+        watch = metrics.Stopwatch()
         for step in bar:
             with watch.phase("sample"):
-                samples, going_on, counts = sample(
+                samples, (chosen, surplus), going_on, counts = sample(
                     state.params, going_on, step, pool, config, inputs
                 )
-                chosen, surplus = batch.select(samples, config.rollout)
                 rows = batch.make_rows(samples, chosen, config.rollout)
-                if config.rollout.surplus == "carry":
-                    going_on = surplus + going_on
+                waiting = rollout.waiting(samples, surplus, config.rollout)
+                going_on = [*waiting.values(), *going_on]
             with watch.phase("score"):
                 policy = functools.partial(
                     old_logprobs, score, config, layout, state.params
@@ -235,16 +260,18 @@ def run(config: GppoConfig) -> None:
                     samples.reward_B[chosen] == config.rewards.full_credit,
                     prompts=config.minibatch_prompts,
                     aggregation=config.loss.aggregation,
+                    norm_tokens=config.rollout.max_new_tokens,
                 )
                 state, found = learn(update, state, minis, rate, config, layout)
-            for metrics in found:
-                require_finite(metrics, rows, config.workdir, step)
+            for one in found:
+                metrics.require_finite(one, rows, config.workdir, step)
             values = {
                 **batch.sample_metrics(samples, chosen, config.rewards, step),
-                **update_metrics(found),
-                **logprob_gap(rows),
-                **sampler_metrics(counts),
+                **batch.logprob_gap(rows),
+                **metrics.of_updates(found),
+                **metrics.of_sampler(counts),
                 "samples/groups_surplus": len(surplus),
+                "samples/groups_dropped": len(surplus) - len(waiting),
                 "samples/groups_going_on": len(going_on),
                 "learning_rate": rate,
             }
@@ -257,7 +284,9 @@ def run(config: GppoConfig) -> None:
                 compilations.close()
             values["compilations/unplanned"] = compilations.unplanned
             writer.write(step, values | watch.lap())
-            writer.write_samples(step, batch.sample_rows(samples, chosen, rows))
+            writer.write_samples(
+                step, batch.sample_rows(samples, chosen, rows, waiting)
+            )
             bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
             if checkpoints.due(step + 1) or step + 1 == config.num_steps:
                 pending = rollout.to_json(going_on)
@@ -272,7 +301,12 @@ def sample(
     pool: Pool,
     config: GppoConfig,
     inputs: Inputs,
-) -> tuple[rollout.Rollout, list[rollout.OpenGroup], list[dict[str, float]]]:
+) -> tuple[
+    rollout.Rollout,
+    tuple[np.ndarray, list[int]],
+    list[rollout.OpenGroup],
+    list[dict[str, float]],
+]:
     """Draws and scores batches of prompts until enough groups teach something, or there
     have been `max_batches`.
 
@@ -280,7 +314,11 @@ def sample(
         going_on: groups from earlier steps.
 
     Returns:
-        The complete groups, those that go on, and the counts of the sampler of each batch.
+        The complete groups, what `batch.select` chose of them, those that go on, and the
+        counts of the sampler of each batch.
+
+    Raises:
+        InputError: the reward fails on every sample.
     """
     c, complete, counts = config.rollout, [], []
     for number in range(c.max_batches):
@@ -318,10 +356,11 @@ def sample(
             overlong_tokens=c.overlong_tokens,
             overlong_penalty=c.overlong_penalty,
         )
-        chosen, _ = batch.select(samples, c)
-        if len(np.unique(samples.group_B[chosen])) == c.max_groups:
+        selected = batch.select(samples, c)
+        if len(np.unique(samples.group_B[selected[0]])) == c.max_groups:
             break
-    return samples, going_on, counts
+    rollout.check_rewards(samples)
+    return samples, selected, going_on, counts
 
 
 def learn(
@@ -337,8 +376,8 @@ def learn(
     found = []
     for mini in minis:
         placed, count = place(mini, config.minibatch_prompts, config, layout)
-        state, metrics = update(state, placed, count, rate)
-        found.append(metrics)
+        state, values = update(state, placed, count, rate)
+        found.append(values)
     return state, jax.device_get(found)
 
 
@@ -389,8 +428,10 @@ def old_logprobs(
     params: qwen3.Params,
     rows: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """The trainer's own log-probs of the rows before any update, [b, T]; where tokens were
-    drawn in an earlier step, those of that step (`earlier_logp`)."""
+    """The log-probs of the rows before any update, [b, T]: the trainer's own, or the
+    sampler's; where tokens were drawn in an earlier step, those of that step."""
+    if config.loss.old_logp == "sampler":
+        return rows["behaviour_logp"]
     inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
     room = num_micro(config, config.rollout.max_groups) * config.micro_rows
     scored = np.empty(rows["tokens"].shape, np.float32)
@@ -402,82 +443,3 @@ def old_logprobs(
         scored[start : start + room] = logp_BT[: len(part["tokens"])]
     earlier = rows["earlier_logp"]
     return np.where(np.isnan(earlier), scored, earlier)
-
-
-def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:
-    """|trainer's - sampler's log-prob| of the sampled tokens: the two should be one."""
-    gap = np.abs(rows["old_logp"] - rows["behaviour_logp"])[rows["mask"] != 0]
-    return {
-        "logprob_gap/mean": float(gap.mean()) if gap.size else 0.0,
-        "logprob_gap/max": float(gap.max()) if gap.size else 0.0,
-    }
-
-
-def sampler_metrics(counts: list[dict[str, float]]) -> dict[str, float]:
-    """The counts of `sampler.sample_groups` for each batch -> of the step, as metrics."""
-    values = {name: sum(count[name] for count in counts) for name in counts[0]}
-    values["peak_pages"] = max(count["peak_pages"] for count in counts)
-    values["occupancy"] = sum(
-        count["occupancy"] * count["decode_steps"] for count in counts
-    ) / max(values["decode_steps"], 1)
-    values["batches"] = len(counts)
-    names = {"reshard_seconds": "seconds/reshard"}
-    return {names.get(name, f"sampler/{name}"): x for name, x in values.items()}
-
-
-def update_metrics(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """The mini-batches' additive metrics -> means of a step and shares of its tokens.
-
-    clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
-    (advantage not 0, old log-prob below losses.MOVABLE_LOGP); grad_mass/REGION: of the
-    sum of weight |dloss/dlogp|; REGION is low, high, dual or inside. A step without a
-    mini-batch has only updates = 0.
-    """
-    values = {"updates": len(found)}
-    if not found:
-        return values
-    total = {name: sum(metrics[name] for metrics in found) for name in found[0]}
-    for name in (
-        "loss",
-        "policy_loss",
-        "positive_loss",
-        "entropy",
-        "kl_old",
-        "grad_norm",
-    ):
-        values[name] = float(total[name] / len(found))
-    values["grad_norm_max"] = float(max(metrics["grad_norm"] for metrics in found))
-    values["update_norm"] = float(total["update_norm"] / len(found))
-    values["param_norm"] = float(found[-1]["param_norm"])
-    values["ratio_capped"] = float(total["ratio_capped"])
-    values |= ratio_percentiles(total["ratios_below"], total["tokens"])
-    for title, name in (
-        ("clip", "tokens"),
-        ("clip_movable", "movable"),
-        ("grad_mass", "grad_mass"),
-    ):
-        whole, inside = max(float(total[name]), 1e-30), 1.0
-        for region in ("low", "high", "dual"):
-            share = float(total[f"{name}_{region}"]) / whole
-            values[f"{title}/{region}"] = share
-            inside -= share
-        values[f"{title}/inside"] = inside
-    values["clip/movable_tokens"] = float(total["movable"])
-    return values
-
-
-def ratio_percentiles(below_E: np.ndarray, tokens: float) -> dict[str, float]:
-    """Percentiles of policy over old policy, from counts below the edges of bins; exact
-    to 2.5% between ratios of 0.22 and 4.5. The smallest and largest are those of their bin's
-    outer edge."""
-    edges_E = losses.LOG_RATIO_EDGES
-    values = {
-        f"ratio/p{p}": float(np.exp(np.interp(p / 100 * tokens, below_E, edges_E)))
-        for p in (1, 5, 50, 95, 99)
-    }
-    lowest = edges_E[max(np.searchsorted(below_E, 0, "right") - 1, 0)]
-    highest = edges_E[min(np.searchsorted(below_E, tokens), len(edges_E) - 1)]
-    return values | {
-        "ratio/min": float(np.exp(lowest)),
-        "ratio/max": float(np.exp(highest)),
-    }

@@ -10,7 +10,7 @@ Shape letters: B sequences, T tokens. Log-probabilities and log-ratios are in na
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,14 @@ from klear_jax.errors import InputError
 
 Kind = Literal["gppo", "gppo_only_high", "clip_higher", "cispo"]
 Aggregation = Literal[
-    "token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"
-]
-
-KINDS = ("gppo", "gppo_only_high", "clip_higher", "cispo")
-AGGREGATIONS = (
     "token_mean",
+    "group_mean_token_mean",
     "seq_mean_token_sum",
     "seq_mean_token_mean",
     "seq_mean_token_sum_norm",
-)
+]
+KINDS = get_args(Kind)
+AGGREGATIONS = get_args(Aggregation)
 
 # Where nothing clips (A < 0, no dual clip), the ratio and its slope stop growing here.
 MAX_LOG_RATIO = 30.0
@@ -103,15 +101,21 @@ def gradient_preserving_clip(
 
 
 def token_weights(
-    mask_BT: np.ndarray, aggregation: Aggregation = "token_mean"
+    mask_BT: np.ndarray,
+    aggregation: Aggregation = "token_mean",
+    *,
+    groups_B: np.ndarray | None = None,
+    norm_tokens: int | None = None,
 ) -> np.ndarray:
     """Each token's share in the loss of one whole update, made on the host.
 
-    With N trained tokens, of which row b holds n_b, and R rows that hold any:
+    With N trained tokens, of which row b holds n_b, and R rows that hold any; G groups of
+    rows that hold any, of which that of row b holds m_b tokens:
       token_mean               1 / N            (Eq. 7 and 11 over the whole mini-batch)
+      group_mean_token_mean    1 / (G m_b)      (Eq. 7 and 11 as printed)
       seq_mean_token_sum       1 / R
       seq_mean_token_mean      1 / (R n_b)
-      seq_mean_token_sum_norm  1 / T
+      seq_mean_token_sum_norm  1 / norm_tokens
     A row without a trained token counts nothing, neither as a term nor in R: padding a
     batch with empty rows changes no weight. (In the authors' agg_loss it counts in R for
     the sum, and makes the mean nan.)
@@ -119,6 +123,8 @@ def token_weights(
     Args:
         mask_BT: nonzero where a token is trained; one row a sequence, not packed.
         aggregation: one of `AGGREGATIONS`.
+        groups_B: the group of each row; default: each is its own.
+        norm_tokens: default T. The authors' is the longest response, without its prompt.
 
     Returns:
         weight_BT, float32, 0 where the mask is 0.
@@ -128,12 +134,18 @@ def token_weights(
     rows = max((tokens_B1 > 0).sum(), 1)
     if aggregation == "token_mean":
         share_B1 = 1 / max(tokens_B1.sum(), 1)
+    elif aggregation == "group_mean_token_mean":
+        groups_B = np.arange(len(mask_BT)) if groups_B is None else groups_B
+        _, group_B = np.unique(groups_B, return_inverse=True)
+        tokens_G = np.bincount(group_B, tokens_B1[:, 0])
+        share_G = 1 / (max((tokens_G > 0).sum(), 1) * np.maximum(tokens_G, 1))
+        share_B1 = share_G[group_B][:, None]
     elif aggregation == "seq_mean_token_sum":
         share_B1 = 1 / rows
     elif aggregation == "seq_mean_token_mean":
         share_B1 = 1 / (rows * np.maximum(tokens_B1, 1))
     elif aggregation == "seq_mean_token_sum_norm":
-        share_B1 = 1 / mask_BT.shape[1]
+        share_B1 = 1 / (norm_tokens or mask_BT.shape[1])
     else:
         raise InputError(
             f"aggregation must be one of {AGGREGATIONS}, not {aggregation!r}"

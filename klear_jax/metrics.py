@@ -1,5 +1,5 @@
 """What a run writes down: metrics as JSON lines and TensorBoard, samples as JSON lines,
-where the time goes, and what was compiled."""
+where the time goes, what was compiled; and the metrics that sum up a step."""
 
 import contextlib
 import json
@@ -15,6 +15,8 @@ import jax.monitoring
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from klear_jax import losses
 
 
 class Writer:
@@ -199,3 +201,73 @@ class _LastShapes(logging.Handler):
         if found:
             shapes = re.sub(r"ShapedArray\(([^)]*)\)", r"\1", found[1])
             self.last = shapes.rstrip(",")[:300] or "no arguments"
+
+
+def of_sampler(counts: list[dict[str, float]]) -> dict[str, float]:
+    """The counts of `sampler.sample_groups` for each batch -> of the step, as metrics."""
+    values = {name: sum(count[name] for count in counts) for name in counts[0]}
+    values["peak_pages"] = max(count["peak_pages"] for count in counts)
+    values["occupancy"] = sum(
+        count["occupancy"] * count["decode_steps"] for count in counts
+    ) / max(values["decode_steps"], 1)
+    values["batches"] = len(counts)
+    names = {"reshard_seconds": "seconds/reshard"}
+    return {names.get(name, f"sampler/{name}"): x for name, x in values.items()}
+
+
+def of_updates(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The mini-batches' additive metrics -> means of a step and shares of its tokens.
+
+    clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
+    (advantage not 0, old log-prob below losses.MOVABLE_LOGP); grad_mass/REGION: of the
+    sum of weight |dloss/dlogp|; REGION is low, high, dual or inside. A step without a
+    mini-batch has only updates = 0.
+    """
+    values = {"updates": len(found)}
+    if not found:
+        return values
+    total = {name: sum(metrics[name] for metrics in found) for name in found[0]}
+    for name in (
+        "loss",
+        "policy_loss",
+        "positive_loss",
+        "entropy",
+        "kl_old",
+        "grad_norm",
+    ):
+        values[name] = float(total[name] / len(found))
+    values["grad_norm_max"] = float(max(metrics["grad_norm"] for metrics in found))
+    values["update_norm"] = float(total["update_norm"] / len(found))
+    values["param_norm"] = float(found[-1]["param_norm"])
+    values["ratio_capped"] = float(total["ratio_capped"])
+    values |= ratio_percentiles(total["ratios_below"], total["tokens"])
+    for title, name in (
+        ("clip", "tokens"),
+        ("clip_movable", "movable"),
+        ("grad_mass", "grad_mass"),
+    ):
+        whole, inside = max(float(total[name]), 1e-30), 1.0
+        for region in ("low", "high", "dual"):
+            share = float(total[f"{name}_{region}"]) / whole
+            values[f"{title}/{region}"] = share
+            inside -= share
+        values[f"{title}/inside"] = inside
+    values["clip/movable_tokens"] = float(total["movable"])
+    return values
+
+
+def ratio_percentiles(below_E: np.ndarray, tokens: float) -> dict[str, float]:
+    """Percentiles of policy over old policy, from counts below the edges of bins; exact
+    to 2.5% between ratios of 0.22 and 4.5. The smallest and largest are those of their bin's
+    outer edge."""
+    edges_E = losses.LOG_RATIO_EDGES
+    values = {
+        f"ratio/p{p}": float(np.exp(np.interp(p / 100 * tokens, below_E, edges_E)))
+        for p in (1, 5, 50, 95, 99)
+    }
+    lowest = edges_E[max(np.searchsorted(below_E, 0, "right") - 1, 0)]
+    highest = edges_E[min(np.searchsorted(below_E, tokens), len(edges_E) - 1)]
+    return values | {
+        "ratio/min": float(np.exp(lowest)),
+        "ratio/max": float(np.exp(highest)),
+    }

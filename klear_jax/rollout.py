@@ -32,7 +32,7 @@ class RolloutConfig:
     """One rollout batch."""
 
     prompts: int  # Generated a step.
-    max_groups: int  # Used a step at most, after the filter; the surplus is discarded.
+    max_groups: int  # Used a step at most, after the filter.
     samples_per_prompt: int
     max_prompt_tokens: int
     max_new_tokens: int
@@ -117,6 +117,7 @@ class OpenGroup:
     old_logp: Sequence[np.ndarray]
     outcomes: Sequence[Outcome | None]  # Of the samples that have ended.
     carried: bool  # It was begun in an earlier step, or an earlier batch of this one.
+    waited: bool = False  # It was complete in the last step, which had groups enough.
 
     @property
     def left(self) -> int:
@@ -344,6 +345,29 @@ def flatten(
     )
 
 
+def waiting(
+    rollout: Rollout, surplus: Sequence[int], config: RolloutConfig
+) -> dict[int, OpenGroup]:
+    """The surplus groups that wait for the next step, by their index: none waits twice."""
+    if config.surplus != "carry":
+        return {}
+    return {
+        g: dataclasses.replace(rollout.groups[g], waited=True)
+        for g in surplus
+        if not rollout.groups[g].waited
+    }
+
+
+def check_rewards(rollout: Rollout) -> None:
+    """Raises an InputError if the reward has failed on every sample, by no fault of theirs."""
+    failed = [outcome for outcome in rollout.outcomes if outcome.status == "error"]
+    if failed and len(failed) == len(rollout.outcomes):
+        raise InputError(
+            f"the reward failed on all {len(failed)} samples of a step, on the first with: "
+            f"{failed[0].detail.strip()}"
+        )
+
+
 def cut(
     sample: sampler.Sample, tokenizer: Tokenizer, stop_strings: Sequence[str]
 ) -> sampler.Sample:
@@ -367,6 +391,7 @@ def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
             "prompt_id": group.prompt_id,
             "key": jax.random.key_data(group.key).tolist(),
             "limit": group.limit,
+            "waited": open_.waited,
             "samples": [
                 {
                     "tokens": sample.tokens,
@@ -408,6 +433,7 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
             old_logp=[np.array(x["old_logp"], np.float32) for x in found],
             outcomes=[x["outcome"] and Outcome(*x["outcome"]) for x in found],
             carried=True,
+            waited=row["waited"],
         )
 
     return [one(row) for row in rows]

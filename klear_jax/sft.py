@@ -6,6 +6,8 @@ the whole global batch.
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,18 @@ from klear_jax import (
     steps,
     tokens,
 )
-from klear_jax.data.batches import sft_batches
+from klear_jax.data.batches import SftBatches, sft_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.metrics import Stopwatch, Writer, require_finite
 from klear_jax.rewards import routing
+from klear_jax.rewards.pool import Pool
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str  # A TFDS version folder or a JSON lines file.
+    path: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
     row_tokens: int
     pack: bool  # Several samples a row, as segments that do not see each other.
@@ -86,6 +89,24 @@ def train_step(config: SftConfig, layout: Layout) -> steps.TrainStep:
 
 def run(config: SftConfig) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands."""
+    with routing.make_pool(config.rewards) as pool:
+        inputs = read_inputs(config, pool)
+        checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
+        train(config, inputs, pool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads, found good before it does any work."""
+
+    layout: Layout
+    tokenizer: tokens.Tokenizer
+    data: SftBatches
+    problems: Mapping[str, Sequence[Any]]  # To evaluate on.
+
+
+def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
+    """Reads all that the config names; an InputError for what cannot serve the run."""
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
     sampler.check_engine(config.sampler, layout, config.evaluation.row_tokens)
@@ -100,15 +121,22 @@ def run(config: SftConfig) -> None:
         pack=config.data.pack,
         too_long=config.data.too_long,
     )
-    problems = evaluate.load_problems(config.evaluation, tokenizer, config.rewards)
-    num_micro = config.batch_rows // config.micro_rows
-    pool = routing.make_pool(config.rewards)
-    checkpoint.open_workdir(config, tokenizer)  # All input is read and found good.
+    problems = evaluate.load_problems(
+        config.evaluation,
+        tokenizer,
+        config.rewards,
+        pool if config.evaluation.every else None,
+    )
+    return Inputs(layout, tokenizer, data, problems)
 
+
+def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
+    """The loop."""
+    layout, tokenizer, data = inputs.layout, inputs.tokenizer, inputs.data
+    num_micro = config.batch_rows // config.micro_rows
     with (
         checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
-        pool,
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
@@ -145,7 +173,12 @@ def run(config: SftConfig) -> None:
                 if evaluates and read_step == step:
                     with watch.phase("evaluate"):
                         values |= evaluate.during_training(
-                            state.params, problems, tokenizer, pool, config, layout
+                            state.params,
+                            inputs.problems,
+                            tokenizer,
+                            pool,
+                            config,
+                            layout,
                         )
                 values |= watch.lap()
                 writer.write(read_step, values)

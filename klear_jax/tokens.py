@@ -161,7 +161,7 @@ def cut_at_stop(
         text = tokenizer.decode(ids[:length])
         return any(stop in text for stop in stop_strings)
 
-    if not has_stop(len(ids)):
+    if not stop_strings or not has_stop(len(ids)):
         return ids, False
     too_short, enough = 0, len(ids)
     while enough - too_short > 1:

@@ -13,6 +13,7 @@ import pytest
 from test_rollout import CONFIG, REWARDS
 
 from klear_jax import advantages, batch, losses, rollout, sampler
+from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Outcome
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -51,6 +52,7 @@ def make(scores, group_size=3, lengths=None, finished=None, waited=(), penalty_B
                 old_logp=[np.full(n, -1, np.float32) for n in old],
                 outcomes=outcomes[rows],
                 carried=True,
+                waited=g in waited,
             )
         )
     penalty_B = np.zeros(B, np.float32) if penalty_B is None else np.float32(penalty_B)
@@ -113,8 +115,14 @@ def test_surplus_waits_for_one_step():
     config = dataclasses.replace(CONFIG, max_groups=2)
     got = make(scores, waited=(0, 3))
     chosen, surplus = batch.select(got, config)
-    assert chosen.tolist() == [0, 1, 2, 6, 7, 8]
-    assert surplus == [got.groups[4]]  # Not the fourth, which has waited before.
+    assert chosen.tolist() == [6, 7, 8, 12, 13, 14]  # Fresh ones first.
+    assert surplus == [0, 3]
+    assert rollout.waiting(got, surplus, config) == {}
+    config = dataclasses.replace(config, surplus="carry", max_groups=1)
+    chosen, surplus = batch.select(got, config)
+    assert (chosen.tolist(), surplus) == ([6, 7, 8], [4, 0, 3])
+    waiting = rollout.waiting(got, surplus, config)
+    assert waiting == {4: dataclasses.replace(got.groups[4], waited=True)}
     metrics = batch.sample_metrics(got, chosen, REWARDS, step=0)
     assert metrics["samples/generated"] == 9
     assert metrics["reward/correct"] == pytest.approx(7 / 9)
@@ -157,7 +165,12 @@ def test_rows_without_normalising_and_of_nothing():
     empty = batch.make_rows(got, np.zeros(0, int), config)
     assert {value.shape for value in empty.values()} == {(0, 10)}
     nothing = batch.mini_batches(
-        empty, np.zeros(0, int), np.zeros(0, bool), prompts=2, aggregation="token_mean"
+        empty,
+        np.zeros(0, int),
+        np.zeros(0, bool),
+        prompts=2,
+        aggregation="token_mean",
+        norm_tokens=6,
     )
     assert list(nothing) == []
 
@@ -183,7 +196,12 @@ def test_mini_batches(sizes, prompts, aggregation, data):
     }
     minis = list(
         batch.mini_batches(
-            rows, groups_B, positive_B, prompts=prompts, aggregation=aggregation
+            rows,
+            groups_B,
+            positive_B,
+            prompts=prompts,
+            aggregation=aggregation,
+            norm_tokens=3,
         )
     )
     index = [mini["tokens"][:, 0] for mini in minis]
@@ -208,12 +226,15 @@ def test_mini_batches(sizes, prompts, aggregation, data):
         ):
             want = np.zeros(mask.shape)
             trained = mask.sum(1)
+            of_group = [trained[groups_B[i] == g].sum() for g in groups_B[i]]
+            filled = len({g for g, n in zip(groups_B[i], trained, strict=True) if n})
             for row, n in enumerate(trained):
                 share = {
                     "token_mean": 1 / max(trained.sum(), 1),
                     "seq_mean_token_sum": 1 / max((trained > 0).sum(), 1),
                     "seq_mean_token_mean": 1 / max((trained > 0).sum() * n, 1),
-                    "seq_mean_token_sum_norm": 1 / T,
+                    "seq_mean_token_sum_norm": 1 / 3,
+                    "group_mean_token_mean": 1 / max(of_group[row] * filled, 1),
                 }[aggregation]
                 want[row, :n] = share
             np.testing.assert_allclose(mini[name], want, rtol=1e-6)
@@ -231,7 +252,8 @@ def test_sample_metrics():
     assert metrics == pytest.approx(
         {
             "reward/mean": 1.5 / 8,
-            "reward/correct": 4 / 9,
+            "reward/mean_used": -1.5 / 5,
+            "reward/correct": 4 / 8,
             "reward/any_correct": 2 / 3,
             "reward/groups_with_0_correct": 1 / 3,
             "reward/groups_with_1_correct": 1 / 3,
@@ -241,7 +263,8 @@ def test_sample_metrics():
             "reward_part/no_think_end": 0,
             "reward_part/wrong": 3 / 9,
             "reward_part/no_think_start": 0,
-            "reward_part/other": 2 / 9,  # 0.5 and nan.
+            "reward_part/other": 1 / 9,
+            "reward_part/masked": 1 / 9,
             "reward/overlong_penalty": 0,
             "reward/timeouts": 1,
             "reward/deaths": 2,
@@ -272,14 +295,16 @@ def test_sample_rows_are_json():
     chosen, _ = batch.select(got, CONFIG)
     assert chosen.tolist() == [0, 1]
     rows = batch.make_rows(got, chosen, CONFIG)
-    written = batch.sample_rows(got, chosen, rows)
+    written = batch.sample_rows(got, chosen, rows, waiting={})
     assert json.loads(json.dumps(written, allow_nan=False)) == written
     assert written[1] == {
+        "prompt_id": 0,
         "prompt": "problem 0",
         "source": "",
         "response": "text 1",
         "reward": -1.0,
         "reward_status": "ok",
+        "reward_detail": "",
         "advantage": pytest.approx(-1 / math.sqrt(2), rel=1e-5),
         "group": 0,
         "finished": False,
@@ -293,9 +318,25 @@ def test_sample_rows_are_json():
     assert written[2]["reward_status"] == "error"
     assert [row["group"] for row in written] == [0, 0, 0, 1, 1, 1]
     nothing = batch.sample_rows(
-        got, chosen[:0], batch.make_rows(got, chosen[:0], CONFIG)
+        got, chosen[:0], batch.make_rows(got, chosen[:0], CONFIG), waiting={}
     )
     assert {row["advantage"] for row in nothing} == {None}
+    later = batch.sample_rows(got, chosen, rows, waiting={1: got.groups[1]})
+    assert later == written[:3]
+
+
+def test_parts_of_the_reward_go_by_the_tags():
+    """A quarter of the tests passed is worth as much as thinking that did not end."""
+    options = {"correct": 1, "wrong": -1, "no_think_end": -0.5, "no_think_start": -2}
+    kinds = {"math": routing.Kind("math", options)}
+    rewards = dataclasses.replace(REWARDS, kinds=kinds)
+    got = make([-0.5, -0.5, -2, -1, 1, NAN])
+    texts = ["<think>", "<think></think>", "</think>", "", "<think></think>", ""]
+    got = dataclasses.replace(got, texts=texts)
+    metrics = batch.sample_metrics(got, np.zeros(0, int), rewards, step=0)
+    for name in ("correct", "wrong", "no_think_end", "no_think_start", "other"):
+        assert metrics[f"reward_part/{name}"] == pytest.approx(1 / 6), name
+    assert metrics["reward_part/masked"] == pytest.approx(1 / 6)
 
 
 OVERLONG = [(5, 4, 0.0), (16, 4, 0.0), (17, 4, -0.25), (20, 4, -1.0), (20, 0, 0.0)]

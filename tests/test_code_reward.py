@@ -1,5 +1,6 @@
 """The code reward: the authors' verdicts, its forms of tests, and who tries to cheat."""
 
+import functools
 import json
 import pathlib
 import re
@@ -141,7 +142,8 @@ def test_error():
     "tests, message",
     [
         ("{not json", "tests that are not JSON"),
-        ("[1]", "one of the keys"),
+        ("[1]", "must be an object, not list"),
+        ({"inputs": None, "outputs": ["1"]}, "one of the keys"),
         ({"foo": 1}, "one of the keys"),
         ({"inputs": ["1"], "functional": "x"}, "one of the keys"),
         ({"inputs": "1", "outputs": ["1"]}, "inputs and outputs must be lists"),
@@ -198,3 +200,23 @@ PIECES = ["</think>", "<think>", "```python\n", "\n```", "x", "\n", "```", "pyth
 def test_extract_is_the_authors_expression(response):
     match = re.search(r"</think>.*```python\n(.*?)\n```", response, re.DOTALL)
     assert code.extract(response) == (match and match[1])
+
+
+def test_all_or_nothing_stops_at_a_failure(monkeypatch):
+    """After the part of the tests in which it was: a hanging program costs no hours."""
+    ran = []
+    run_all = code.sandbox.run_all
+
+    def count(programs, **limits):
+        ran.append(len(programs))
+        return run_all(programs, **limits)
+
+    monkeypatch.setattr(code.sandbox, "run_all", count)
+    tests = {"inputs": list("abcdefghijklmnopqrst")}
+    tests["outputs"] = ["!", *tests["inputs"][1:]]
+    answer = "<think></think>\n```python\nprint(input())\n```"
+    score = functools.partial(code.score, answer, tests, max_tests=0)
+    assert score(soft=False) == -1
+    assert ran == [16]
+    assert score() == pytest.approx(1 - 2 / 20)
+    assert ran == [16, 4]

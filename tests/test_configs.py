@@ -236,11 +236,20 @@ VARIANTS = {
     "cispo": {"loss.kind": "cispo", "loss.dual_clip": None},
     "ce_gppo": {"loss.beta_low": 0.25},
     "only_high": {"loss.kind": "gppo_only_high"},
-    "hard_reward": {"rewards.kinds.code.options.soft": False},
-    "alpha_0": {"loss.positive_coef": 0.0},
-    "alpha_0_05": {"loss.positive_coef": 0.05},
-    "alpha_0_2": {"loss.positive_coef": 0.2},
-    "no_filter": {"rollout.filter": "none"},
+    "hard_reward": {
+        "rewards.kinds.code.options.soft": False,
+        "rollout.max_new_tokens": 16_384,
+        "rollout.drop_unfinished": True,
+        "num_steps": 100,
+    },
+    "alpha_0": {"loss.positive_coef": 0.0, "num_steps": 100},
+    "alpha_0_05": {"loss.positive_coef": 0.05, "num_steps": 100},
+    "alpha_0_2": {"loss.positive_coef": 0.2, "num_steps": 100},
+    "no_filter": {
+        "rollout.filter": "none",
+        "rollout.max_groups": 256,
+        "num_steps": 100,
+    },
 }
 
 
@@ -294,6 +303,7 @@ def test_updates_of_a_rollout_batch(name, groups, sizes):
         ones[:, 0],
         prompts=c.minibatch_prompts,
         aggregation=c.loss.aggregation,
+        norm_tokens=c.rollout.max_new_tokens,
     )
     rows = [len(mini["weight"]) for mini in minis]
     assert rows == [n * size for size in sizes]
@@ -486,6 +496,9 @@ GPPO_REFUSED = [
         "loss.beta_low and beta_high are for 'gppo', not for 'clip_higher'",
     ),
     ({"loss.kind": "cispo"}, "loss.dual_clip must be None for 'cispo'"),
+    ({"loss.dual_clip": 0.5}, "loss.dual_clip must be None or at least 1, not 0.5"),
+    ({"loss.beta_low": -1.0}, "loss.beta_low and loss.beta_high must not be negative"),
+    ({"loss.old_logp": "both"}, "loss.old_logp must be one of"),
     ({"optim.peak_lr": -1e-6}, "optim.peak_lr must be positive, not -1e-06"),
     ({"optim.peak_lr": float("nan")}, "optim.peak_lr must be positive, not nan"),
     ({"optim.b2": 1.0}, "optim.b2 must be in [0, 1)"),

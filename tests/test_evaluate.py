@@ -32,6 +32,7 @@ CONFIG = evaluate.EvaluationConfig(
     stop_strings=(),
     seed=3,
     every=5,
+    kinds={},
 )
 REWARDS = routing.RewardConfig(
     kinds={"math": routing.Kind("math", {})},

@@ -219,7 +219,11 @@ def test_an_empty_row_counts_nothing(family):
     assert seen == {"token_mean", "seq_mean_token_sum", "seq_mean_token_mean"}
 
 
-@pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
+# The authors have no mean over groups.
+AUTHORS = [a for a in losses.AGGREGATIONS if a != "group_mean_token_mean"]
+
+
+@pytest.mark.parametrize("aggregation", AUTHORS)
 def test_token_weights_are_agg_loss(aggregation):
     rows, arrays = golden("agg_loss")
     empty = 0
@@ -244,7 +248,7 @@ def test_token_weights_are_agg_loss(aggregation):
     assert empty == 1
 
 
-@pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", AUTHORS)
 def test_positive_lm_loss_is_the_authors(aggregation):
     rows, arrays = golden("positive_loss")
     without = 0
@@ -656,6 +660,7 @@ def test_token_weights(aggregation, mask, empty_rows):
     # What each row weighs: its tokens, or 1 where it counts as one, over a denominator.
     row_weight, denominator = {
         "token_mean": (tokens_B, tokens_B.sum()),
+        "group_mean_token_mean": (tokens_B > 0, rows),  # Each row is a group.
         "seq_mean_token_sum": (tokens_B, rows),
         "seq_mean_token_mean": (tokens_B > 0, rows),
         "seq_mean_token_sum_norm": (tokens_B, mask.shape[1]),
@@ -681,6 +686,7 @@ def test_token_weights_by_hand():
         ("seq_mean_token_sum", 1 / 2, 1 / 2),
         ("seq_mean_token_mean", 1 / 6, 1 / 2),
         ("seq_mean_token_sum_norm", 1 / 4, 1 / 4),
+        ("group_mean_token_mean", 1 / 6, 1 / 2),
     ):
         want = np.float32([[first] * 3 + [0], [0] * 4, [0, last, 0, 0]])
         np.testing.assert_array_equal(losses.token_weights(mask, aggregation), want)
@@ -730,3 +736,13 @@ def test_ratios_below_counts_weighed_tokens():
     got = losses.ratios_below(logp, old, weight)
     x = (logp - old)[weight != 0]
     assert got.tolist() == [(x < edge).sum() for edge in edges]
+
+
+def test_token_weights_by_group_and_by_a_given_length():
+    mask = [[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    groups = [7, 7, 3, 5]  # The last holds no token.
+    got = losses.token_weights(mask, "group_mean_token_mean", groups_B=groups)
+    want = np.where(mask, [[1 / 8], [1 / 8], [1 / 2], [0]], 0)
+    np.testing.assert_allclose(got, want, rtol=1e-7)
+    got = losses.token_weights(mask, "seq_mean_token_sum_norm", norm_tokens=2)
+    np.testing.assert_array_equal(got, np.float32(mask) / 2)

@@ -147,9 +147,35 @@ def test_the_longest_part_of_a_source_decides():
 def test_unknown_sources_are_all_named(tmp_path):
     rows = [MATH_ROW | {"data_source": s} for s in ("aime", "lcb", "aime", "own_set")]
     with pytest.raises(
-        InputError, match=r"'aime' \(2 rows\), 'lcb' \(1 rows\): name it"
+        InputError,
+        match=r"'aime' \(2 rows, the first .*data.jsonl line 1\), 'lcb' \(1 rows, .* line "
+        r"2\): name it",
     ):
         routing.check(CONFIG, read_examples(write(tmp_path / "data.jsonl", rows)))
+
+
+def test_tests_are_no_answer_to_a_sum(tmp_path):
+    tests = MATH_ROW | {"reward_model": {"ground_truth": {"inputs": ["1"]}}}
+    examples = read_examples(write(tmp_path / "data.jsonl", [MATH_ROW, tests]))
+    with pytest.raises(InputError, match=r"line 2: an answer for 'math' is text or a"):
+        routing.check(CONFIG, examples)
+
+
+def test_a_reward_that_cannot_work_is_found_at_the_start(tmp_path):
+    rows = read_examples(write(tmp_path / "data.jsonl", [MATH_ROW, MATH_ROW]))
+    kinds = {"math": routing.Kind("math_judge", {"no_think_end": -0.5})}
+    spoilt = dataclasses.replace(
+        CONFIG, kinds=kinds, sources={"math": "math"}, task_timeout_s=60, memory_mb=4096
+    )
+    with routing.make_pool(spoilt) as pool:
+        with pytest.raises(
+            InputError,
+            match=r"rewards.kinds.math \(math_judge, with options \['no_think_end'\]\) fails "
+            r"on an empty response to .*line 1: TypeError: .*no_think_end",
+        ):
+            routing.try_out(pool, spoilt, rows)
+        kinds["math"] = routing.Kind("math_judge", {"wrong": -1.0})
+        routing.try_out(pool, spoilt, rows)
 
 
 def test_bad_tests_are_named_by_row(tmp_path):
@@ -162,6 +188,10 @@ def test_bad_tests_are_named_by_row(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        (
+            {"kinds": CONFIG.kinds | {"math": routing.Kind("math", {"correct": 2.0})}},
+            "kinds.math.options.correct is 2.0, but full_credit is 1.0",
+        ),
         ({"kind": "maths"}, "kind is scored by 'maths', which is none of kinds"),
         ({"sources": {"x": "y"}}, "x is scored by 'y'"),
         (

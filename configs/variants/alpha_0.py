@@ -1,5 +1,8 @@
 """Math GPPO without the LM loss on positive samples, Table 6.
 
+To compare with, after 100 steps: AIME 2024 78.1, AIME 2025 68.0; with alpha 0.1, as in
+gppo_8b, 79.4 and 70.4; before, 73.5 and 64.6.
+
 python -m klear_jax.train --config=configs/variants/alpha_0.py
 """
 
@@ -12,4 +15,5 @@ def get_config() -> ml_collections.ConfigDict:
     c = gppo_8b.get_config()
     c.workdir = "runs/alpha_0"
     c.loss.positive_coef = 0.0  # [P] Table 6.
+    c.num_steps = 100  # [P] Table 6.
     return c

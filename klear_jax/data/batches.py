@@ -6,6 +6,7 @@ The iterators are grain's: `get_state` and `set_state` (or orbax with
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -213,7 +214,7 @@ def _prompts(
     max_prompt_tokens: int,
     too_long: Literal["error", "truncate_left"],
 ) -> list[dict[str, Any]]:
-    prompts = []
+    prompts, cut = [], 0
     for example in tqdm.tqdm(examples, desc="tokenising", unit="", delay=1):
         if example.answer is None:
             raise InputError(f"{example.origin} has no answer to compare with")
@@ -223,6 +224,7 @@ def _prompts(
                 f"{example.origin}: the prompt has {len(tokens)} tokens, the limit is"
                 f" {max_prompt_tokens}"
             )
+        cut += len(tokens) > max_prompt_tokens
         prompts.append(
             {
                 "prompt_ids": example.prompt_id,
@@ -231,6 +233,13 @@ def _prompts(
                 "problems": example.problem,
                 "sources": example.source,
             }
+        )
+    if cut:
+        logging.getLogger(__name__).warning(
+            "%d of %d prompts have more than %d tokens: their beginning is cut off",
+            cut,
+            len(prompts),
+            max_prompt_tokens,
         )
     return prompts
 

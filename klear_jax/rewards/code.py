@@ -30,6 +30,7 @@ from klear_jax.errors import InputError
 from klear_jax.rewards import sandbox
 
 FORMS = ("inputs", "functional", "pytest")
+TOGETHER = 16  # Tests of a response that are run in one sandbox, one after the other.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,11 @@ def parse(ground_truth: str | Mapping[str, Any]) -> Tests:
             tests = json.loads(tests)
         except (ValueError, RecursionError) as error:
             raise InputError(f"tests that are not JSON: {error}") from error
-    found = [form for form in FORMS if isinstance(tests, Mapping) and form in tests]
+    if not isinstance(tests, Mapping):
+        raise InputError(f"tests must be an object, not {type(tests).__name__}")
+    # Parquet writes the keys of all rows into each, null where there is nothing.
+    tests = {name: value for name, value in tests.items() if value is not None}
+    found = [form for form in FORMS if form in tests]
     if len(found) != 1:
         raise InputError(f"tests must be an object with one of the keys {FORMS}")
     [form] = found
@@ -131,7 +136,8 @@ def score(
         as the share of tests that pass. (1, -1) is the authors' 2p - 1, (1, 0) the paper's p.
       no_think_end: the value without `</think>`: the thinking did not end.
       no_think_start: the value with `</think>` but without `<think>`.
-      soft: False: all tests must pass, for correct; else wrong.
+      soft: False: all tests must pass, for correct; else wrong. What is left is not run
+        after a failure, but for up to `TOGETHER` tests.
       max_tests: how many tests are run, chosen by `seed`, if there are more; 0: all.
       seed: of the choice.
       memory_mb: MiB a test may use.
@@ -152,11 +158,14 @@ def score(
         return wrong
     if not program:
         return wrong
-    text = json.dumps(dataclasses.asdict(tests), sort_keys=True)
-    passes = _passes(program, text, memory_mb=memory_mb, isolation=isolation)
-    passed, failed = passes.count(True), passes.count(False)
-    if not soft:
-        return wrong if failed else correct
+    passed = failed = 0
+    for start in range(0, len(tests.cases), TOGETHER):
+        part = dataclasses.replace(tests, cases=tests.cases[start : start + TOGETHER])
+        text = json.dumps(dataclasses.asdict(part), sort_keys=True)
+        passes = _passes(program, text, memory_mb=memory_mb, isolation=isolation)
+        passed, failed = passed + passes.count(True), failed + passes.count(False)
+        if failed and not soft:
+            return wrong
     return (correct * passed + wrong * failed) / (passed + failed)
 
 

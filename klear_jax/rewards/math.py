@@ -70,7 +70,7 @@ def judge(
 ) -> float:
     """The benchmark's judgement: the answer anywhere in the text, no tags asked for.
 
-    Source: the authors' `benchmarks/judge_math.py`, which passes what follows `</think>`.
+    Source: the authors' `benchmarks/judge_math.py`, which passes the whole text.
     Arguments, errors and the main thread as in `score`.
     """
     return correct if _verdict(text, _golds(ground_truth)) else wrong

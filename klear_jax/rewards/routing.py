@@ -5,7 +5,6 @@ says which kind of reward that is, and its table `kinds` what a kind is: a funct
 keyword arguments. A new reward is an entry in each.
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -52,8 +51,13 @@ class RewardConfig:
                     f"{name} is scored by {kind!r}, which is none of kinds: "
                     f"{sorted(self.kinds)}"
                 )
-        for kind in self.kinds.values():
+        for name, kind in self.kinds.items():
             find_reward(kind.function)
+            if kind.options.get("correct", self.full_credit) != self.full_credit:
+                raise InputError(
+                    f"kinds.{name}.options.correct is {kind.options['correct']}, but "
+                    f"full_credit is {self.full_credit}: no sample would count as right"
+                )
 
     def kind_of(self, source: str) -> str:
         """The kind for a data_source, '' for none; a KeyError if there is none."""
@@ -84,13 +88,18 @@ class Row(Protocol):
 def check(config: RewardConfig, rows: Iterable[Row]) -> None:
     """Raises an InputError for what cannot be scored: rows of an unknown source, tests that
     are none, and code on a host that cannot isolate it."""
-    unknown = collections.Counter[str]()
+    unknown: dict[str, list[str]] = {}
     for row in rows:
         try:
             kind = config.kinds[config.kind_of(row.source)]
         except KeyError:
-            unknown[row.source] += 1
+            unknown.setdefault(row.source, []).append(row.origin)
             continue
+        if kind.function in ("math", "math_judge") and isinstance(row.answer, Mapping):
+            raise InputError(
+                f"{row.origin}: an answer for {kind.function!r} is text or a list of texts, "
+                f"not an object with {sorted(row.answer)[:3]}"
+            )
         if kind.function == "code":
             sandbox.choose(kind.options["isolation"])
             try:
@@ -98,11 +107,35 @@ def check(config: RewardConfig, rows: Iterable[Row]) -> None:
             except InputError as error:
                 raise InputError(f"{row.origin}: {error}") from None
     if unknown:
-        names = ", ".join(f"{name!r} ({n} rows)" for name, n in sorted(unknown.items()))
+        names = ", ".join(
+            f"{name!r} ({len(origins)} rows, the first {origins[0]})"
+            for name, origins in sorted(unknown.items())
+        )
         raise InputError(
             f"no reward for the data_source {names}: name it in rewards.sources, which has "
             f"{sorted(config.sources)}"
         )
+
+
+def try_out(pool: Pool, config: RewardConfig, rows: Iterable[Row]) -> None:
+    """Scores an empty response to the first row of each kind; an InputError if that fails.
+
+    A function that is not there, or does not take the options that the config gives it,
+    would fail on every sample, after hours.
+    """
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(config.kind_of(row.source), row)
+    for name, row in first.items():
+        kind = config.kinds[name]
+        answer = ground_truth(config, row.source, row.answer, seed="")
+        outcome = pool.submit(kind.function, "", answer, **kind.options).result()
+        if outcome.status == "error":
+            raise InputError(
+                f"the reward rewards.kinds.{name} ({kind.function}, with options "
+                f"{sorted(kind.options)}) fails on an empty response to {row.origin}: "
+                f"{outcome.detail.strip().splitlines()[-1]}"
+            )
 
 
 def ground_truth(config: RewardConfig, source: str, answer: Any, seed: str) -> Any:
