@@ -205,7 +205,7 @@ def collect(
             kind.function,
             tokenizer.decode(samples[i][j].tokens),
             groups[i].answer,
-            **kind.options,
+            **kind.resolved(),
         )
         left[i] -= 1
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import re
 
@@ -88,6 +89,18 @@ CHEATS = {
     "swallows": "import sys; sys.excepthook = lambda *a: None",
     "leaves at the end": "import atexit, os; atexit.register(os._exit, 0)",
     "shadows": "def run(*a): pass\nassert_ = None\nnames = {}",
+    "skips": "import pytest\ndef f(x): pytest.skip()",
+    "skips unittest": "import unittest\ndef f(x): raise unittest.SkipTest",
+    "skips all": "import pytest\npytestmark = pytest.mark.skip",
+    "expects to fail": "import pytest\ndef f(x): pytest.xfail()",
+    "jumps": """
+import sys
+def trace(frame, event, arg):
+    if frame.f_code.co_filename in ("tests.py", "test_solution.py") and event == "line":
+        frame.f_lineno = frame.f_lineno + 1
+    return trace
+sys.settrace(trace)
+""",
 }
 
 
@@ -101,6 +114,16 @@ def test_obvious_cheats_do_not_pass(form, cheat):
     tests = {form: test, "timeout": 20}
     program = f"def f(x):\n    return 0\n{CHEATS[cheat]}"
     assert code.score(answer(program), tests) == -1
+
+
+@needs_sandbox
+def test_the_helpers_of_tests_are_ours():
+    program = "def f(x): return 0\ndef is_same_list(a, b): return True"
+    tests = {"functional": "assert is_same_list(f([1]), list_node([9]))"}
+    assert code.score(answer(program), tests) == -1
+    own = "def f(x): return list_node(x)\ndef is_same_list(a, b): return False"
+    tests = {"functional": "assert is_same_list(f([9]), list_node([9]))"}
+    assert code.score(answer(own), tests) == 1
 
 
 @needs_sandbox
@@ -156,10 +179,21 @@ def test_error():
         ({"pytest": {}}, "pytest must be text, or a list of texts"),
         (
             {"functional": "x", "timeout": 0},
-            "timeout must be a number of seconds, not 0",
+            "timeout must be a number of seconds, up to 3600, not 0",
         ),
         ({"functional": "x", "timeout": "1"}, "timeout must be a number of seconds"),
+        (
+            {"functional": "x", "timeout": math.inf},
+            "timeout must be a number of seconds",
+        ),
+        ({"functional": "x", "timeout": True}, "timeout must be a number of seconds"),
         ({"functional": "x", "max_test_cases": 0}, "max_test_cases must be a positive"),
+        ({"functional": ""}, "functional tests nothing: ''"),
+        (
+            {"functional": ["x", "def check(f):\n  assert f"]},
+            "functional tests nothing",
+        ),
+        ({"pytest": "def test_:"}, "pytest is not Python: expected"),
     ],
 )
 def test_bad_tests_are_named(tests, message):

@@ -26,7 +26,7 @@ CONFIG = routing.RewardConfig(
     kind="math",
     full_credit=1.0,
     num_workers=1,
-    task_timeout_s=1.0,
+    task_timeout_s=100.0,
     step_timeout_s=1.0,
     memory_mb=64,
 )
@@ -154,6 +154,26 @@ def test_unknown_sources_are_all_named(tmp_path):
         routing.check(CONFIG, read_examples(write(tmp_path / "data.jsonl", rows)))
 
 
+def test_tests_must_fit_into_the_time_of_a_task(tmp_path):
+    """Or a response would pay for what its row asks."""
+    slow = json.dumps({"inputs": list("abc"), "outputs": list("abc"), "timeout": 51})
+    row = CODE_ROW | {"reward_model": {"ground_truth": slow}}
+    examples = read_examples(write(tmp_path / "data.jsonl", [row]))
+    with pytest.raises(
+        InputError, match=r"line 1: 2 tests of up to 51.0 s do not fit into .*=100.0"
+    ):
+        routing.check(CONFIG, examples)
+
+
+def test_workers_get_what_was_chosen(monkeypatch):
+    """And do not choose for themselves, with a log that nobody reads."""
+    monkeypatch.setattr(sandbox, "choose", {"auto": "bubblewrap"}.get)
+    assert routing.Kind("code", CODE).resolved() == CODE | {"isolation": "bubblewrap"}
+    by_name = routing.Kind("klear_jax.rewards.code:score", CODE)
+    assert by_name.resolved()["isolation"] == "bubblewrap"
+    assert routing.Kind("math", {"wrong": -1.0}).resolved() == {"wrong": -1.0}
+
+
 def test_tests_are_no_answer_to_a_sum(tmp_path):
     tests = MATH_ROW | {"reward_model": {"ground_truth": {"inputs": ["1"]}}}
     examples = read_examples(write(tmp_path / "data.jsonl", [MATH_ROW, tests]))
@@ -210,5 +230,6 @@ def test_bad_tables_are_named(changes, message):
 
 
 def test_code_needs_a_number_of_tests():
-    with pytest.raises(InputError, match="max_tests is not set"):
-        routing.Kind("code", {})
+    kinds = CONFIG.kinds | {"code": routing.Kind("code", {})}
+    with pytest.raises(InputError, match=r"code\.options\.max_tests is not set"):
+        dataclasses.replace(CONFIG, kinds=kinds)

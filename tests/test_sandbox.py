@@ -100,6 +100,46 @@ exit(3)
 
 
 @pytest.mark.parametrize("isolation", WALLS)
+def test_what_python_does_at_the_end_is_done(isolation):
+    result = run(
+        """
+import concurrent.futures, io, sys
+pool = concurrent.futures.ThreadPoolExecutor(2)
+print(pool.submit(lambda: 1).result())
+sys.stdout.flush()
+out = open(1, "w", closefd=False)
+out.write("left open\\n")
+print("and put aside")
+sys.stdout = io.StringIO()
+with open("/dev/stdout", "a") as more:
+    more.write("opened once more\\n")
+""",
+        isolation,
+    )
+    lines = result.stdout.splitlines()
+    assert (lines[0], result.stderr, result.returncode) == ("1", "", 0)
+    assert sorted(lines[1:]) == ["and put aside", "left open", "opened once more"]
+
+
+@pytest.mark.parametrize("isolation", WALLS)
+def test_what_lies_in_the_folders_is_gone_for_the_next(isolation):
+    leaves = """
+import os
+os.makedirs("a/b/c")
+os.symlink("/usr", "a/link")
+for path in ("a/b/c/file", "/dev/shm/file"):
+    open(path, "w").write("x")
+os.chmod("a/b", 0)
+os.chmod("a", 0)
+"""
+    look = "import os; print(os.listdir('.'), os.listdir('/dev/shm'))"
+    _, second = sandbox.run_all(
+        [(leaves, ""), (look, "")], timeout_s=5, memory_mb=512, isolation=isolation
+    )
+    assert second == sandbox.Result("[] []\n", "", 0, False)
+
+
+@pytest.mark.parametrize("isolation", WALLS)
 def test_numpy_is_there(isolation):
     assert run("import numpy; print(numpy.arange(3).sum())", isolation).stdout == "3\n"
 
@@ -122,13 +162,45 @@ def test_programs_of_one_response_do_not_take_each_other_along():
     ]
 
 
-def test_who_ends_the_supervisor_ends_only_what_was_to_come():
-    kill = ("import os; os.kill(os.getppid(), 9)", "")
+STOPS_THE_CLOCK = """
+import os, signal, sys, time
+above, me = os.getppid(), os.getpid()
+if os.fork() == 0:
+    os.setsid()
+    os.kill(above, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(me, signal.SIGKILL)
+    os.kill(above, signal.SIGCONT)
+    os._exit(0)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("isolation", WALLS)
+def test_nobody_ends_or_stops_the_supervisor(isolation):
+    """It is the first process of its namespace: signals from within do not reach it, nor do
+    its memory and its files."""
+    kill = ("import os; os.kill(os.getppid(), 9); print(2)", "")
+    look = """
+import os
+for name in ("mem", "environ", "fd/0", "fd/1"):
+    for mode in ("rb", "r+b"):
+        try:
+            open(f"/proc/{os.getppid()}/{name}", mode)
+            print("can open", name)
+        except OSError:
+            pass
+"""
     got = sandbox.run_all(
-        [("print(1)", ""), kill, ("print(3)", "")], timeout_s=5, memory_mb=512
+        [kill, (STOPS_THE_CLOCK, ""), (look, ""), ("print(4)", "")],
+        timeout_s=2,
+        memory_mb=512,
+        isolation=isolation,
     )
-    assert [r.stdout for r in got] == ["1\n", "", ""]
-    assert [r.returncode for r in got] == [0, 137, 137]
+    assert [r.stdout for r in got] == ["2\n", "", "", "4\n"]
+    assert [r.timed_out for r in got] == [False, True, False, False]
+    first = run("import os; print(os.getppid(), os.getpid())", isolation).stdout
+    assert first.split()[0] == "1"
 
 
 @pytest.mark.parametrize("isolation", WALLS)
@@ -301,16 +373,30 @@ time.sleep(30)
 def test_memory_that_no_process_has():
     result = run(
         """
-import ctypes, os
+import ctypes, mmap, os
 libc = ctypes.CDLL(None, use_errno=True)
 print(libc.shmget(0, 1 << 20, 0o1600), ctypes.get_errno())
 try:
     os.memfd_create("x")
 except PermissionError:
     print("no memfd")
+try:
+    mmap.mmap(-1, 1 << 20)
+except PermissionError:
+    print("no shared map")
+try:
+    mmap.mmap(os.open("/dev/zero", os.O_RDWR), 1 << 20)
+except OSError:
+    print("no map of zeros")
+len(mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+with open("/dev/shm/file", "w+b") as file:
+    file.truncate(1 << 20)
+    len(mmap.mmap(file.fileno(), 1 << 20))
 """
     )
-    assert result.stdout == "-1 1\nno memfd\n"
+    assert result == sandbox.Result(
+        "-1 1\nno memfd\nno shared map\nno map of zeros\n", "", 0, False
+    )
 
 
 def test_ten_gigabytes_of_output():
@@ -454,16 +540,17 @@ def test_what_takes_for_ever_or_the_interpreter_down(code):
     assert time.monotonic() - start < 10
 
 
-def test_a_worker_that_is_killed_takes_its_program_along():
+@pytest.mark.parametrize("isolation", WALLS)
+def test_a_worker_that_is_killed_takes_its_program_along(isolation):
     program = f"""
 import os, sys
 sys.path[:0] = {[p for p in sys.path if p]!r}
 from klear_jax.rewards import sandbox
 environment = sandbox._environment
 sandbox._environment = lambda isolation: environment(isolation) | {{"MARK": {MARK!r}}}
-sandbox.choose("bubblewrap")
+sandbox.choose({isolation!r})
 print("ready", flush=True)
-sandbox.run("import time; time.sleep(100)", timeout_s=100, isolation="bubblewrap")
+sandbox.run("import time; time.sleep(100)", timeout_s=100, isolation={isolation!r})
 """
     worker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     worker.stdout.readline()
@@ -577,5 +664,5 @@ def test_a_sandbox_that_fails_is_not_the_programs_fault(monkeypatch):
 
 
 def test_the_filter_is_for_this_machine():
-    assert len(sandbox._forbidden_calls()) == 8 * (len(sandbox._FORBIDDEN) + 7)
+    assert len(sandbox._forbidden_calls()) == 8 * (len(sandbox._FORBIDDEN) + 11)
     assert ctypes.sizeof(ctypes.c_void_p) == 8

@@ -11,15 +11,18 @@ test, default 35) and `max_test_cases` (default 16) beside:
 
 Tests of the first form stay outside: the program sees its input alone. Those of the other
 two run in the program's own process, so a program that is out to deceive can. What is
-caught is leaving early, by `os._exit(0)` or `sys.exit()`, and replacing `print`, `exec` or
-what else is looked up by name: a test counts as passed when a token that is new in each run
-is printed behind the last assertion. What is not: a program that looks for the token in its
-interpreter's frames, or whose values claim to be equal to everything.
+caught is leaving early, by `os._exit(0)` or `sys.exit()`, skipping, and replacing what the
+drivers below call: a test counts as passed when a token that is new in each run is printed
+behind the last assertion, and with pytest if each test was called and passed. What is not: a
+program that looks for the token in its interpreter's frames, whose values claim to be equal
+to everything, or that defines for itself what a test calls by name, such as `sorted`.
 """
 
+import ast
 import dataclasses
 import functools
 import json
+import math
 import random
 import re
 import secrets
@@ -73,12 +76,32 @@ def parse(ground_truth: str | Mapping[str, Any]) -> Tests:
             raise InputError(f"{form} must be text, or a list of texts")
     if not cases:
         raise InputError(f"no tests: {form} is empty")
+    if form != "inputs":
+        for case in cases:
+            _check_asserts(form, case)
     timeout_s, most = tests.get("timeout", 35.0), tests.get("max_test_cases")
-    if not isinstance(timeout_s, int | float) or not timeout_s > 0:
-        raise InputError(f"timeout must be a number of seconds, not {timeout_s!r}")
-    if most is not None and (not isinstance(most, int) or most < 1):
+    if not _is_number(timeout_s) or not 0 < timeout_s <= 3600:
+        raise InputError(
+            f"timeout must be a number of seconds, up to 3600, not {timeout_s!r}"
+        )
+    if most is not None and (not _is_number(most) or most != int(most) or most < 1):
         raise InputError(f"max_test_cases must be a positive integer, not {most!r}")
-    return Tests(form, cases, float(timeout_s), most)
+    return Tests(form, cases, float(timeout_s), most and int(most))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _check_asserts(form: str, test: str) -> None:
+    """Raises an InputError for tests that no program passes, or that any does."""
+    try:
+        body = ast.parse(test).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"{form} is not Python: {error}") from error
+    defines = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
+    if form == "functional" and all(isinstance(part, defines) for part in body):
+        raise InputError(f"{form} tests nothing: {test[:60]!r}")
 
 
 def _text(item: Any) -> str:
@@ -180,8 +203,8 @@ def extract(response: str) -> str | None:
     return answer[start : answer.find(closing, start)]
 
 
-# The samples of a group repeat programs.
-@functools.lru_cache(maxsize=256)
+# The samples of a group repeat programs, and stand together.
+@functools.lru_cache(maxsize=32)
 def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
     tests = Tests(**json.loads(tests))
     if tests.form == "inputs":
@@ -192,7 +215,13 @@ def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
         prelude, driver = _prelude(program), _DRIVERS[tests.form]
         programs = [
             (
-                driver.format(prelude=prelude, program=program, test=test, token=token),
+                driver.format(
+                    prelude=prelude,
+                    helpers=_HELPERS,
+                    program=program,
+                    test=test,
+                    token=token,
+                ),
                 "",
             )
             for test, token in zip(tests.cases, expected, strict=True)
@@ -213,28 +242,41 @@ def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
 # not share.
 _DRIVERS = {
     "functional": """
-def run(write, token, exec, compile):
+def run(write, token, exec, compile, settrace):
     names = {{"__name__": "__main__"}}
     for name, text in (
         ("prelude", {prelude!r}), ("solution", {program!r}), ("tests", {test!r})
     ):
         exec(compile(text, name + ".py", "exec"), names)
+        if name == "prelude":
+            ours = {{name: names[name] for name in {helpers!r}}}
+        else:
+            names.update(ours)  # Before the tests, whatever the program calls its own.
+            settrace(None)
     write(1, token.encode())
 
-import os
-run(os.write, {token!r}, exec, compile)
+import os, sys
+run(os.write, {token!r}, exec, compile, sys.settrace)
 """,
     "pytest": """
 def run(write, token):
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     import pytest
+    passed, other = [], []
+
+    class Recorder:
+        def pytest_runtest_logreport(self, report):
+            good = report.outcome == "passed" and not hasattr(report, "wasxfail")
+            (passed if good else other).append(report.when)
+
     with open("solution.py", "w") as file:
         for text in ({prelude!r}, {program!r}):
             print(f"exec({{text!r}}, globals())", file=file)
     with open("test_solution.py", "w") as file:
         file.write({test!r})
-    status = pytest.main(["-q", "-p", "no:cacheprovider", "test_solution.py"])
-    if status == pytest.ExitCode.OK:
+    options = ["-q", "-p", "no:cacheprovider", "test_solution.py"]
+    status = pytest.main(options, plugins=[Recorder()])
+    if status == pytest.ExitCode.OK and "call" in passed and not other:
         write(1, token.encode())
     raise SystemExit(status)
 
@@ -242,6 +284,8 @@ import os
 run(os.write, {token!r})
 """,
 }
+
+_HELPERS = ("list_node", "tree_node", "is_same_list", "is_same_tree")
 
 # What programs for functional tests may use without importing it. Star imports hide some
 # functions of Python (pow, sum); those are put back.

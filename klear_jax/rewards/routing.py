@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from klear_jax.errors import InputError
 from klear_jax.rewards import code, sandbox
-from klear_jax.rewards.pool import Pool, find_reward
+from klear_jax.rewards.pool import REWARDS, Pool, find_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,17 @@ class Kind:
     function: str  # A key of rewards.pool.REWARDS, or 'module:function'.
     options: Mapping[str, Any]  # Its keyword arguments.
 
-    def __post_init__(self):
-        if self.function == "code":
-            for name in ("max_tests", "isolation"):  # Read before a response is scored.
-                if name not in self.options:
-                    raise InputError(f"options.{name} is not set")
+    @property
+    def runs_code(self) -> bool:
+        return find_reward(self.function) == REWARDS["code"]
+
+    def resolved(self) -> dict[str, Any]:
+        """The options as workers get them: all of a run have one isolation, the one that
+        was chosen and logged at its start."""
+        if not self.runs_code:
+            return dict(self.options)
+        chosen = sandbox.choose(self.options["isolation"])
+        return {**self.options, "isolation": chosen}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,10 @@ class RewardConfig:
                     f"{sorted(self.kinds)}"
                 )
         for name, kind in self.kinds.items():
-            find_reward(kind.function)
+            if kind.runs_code:
+                for option in ("max_tests", "isolation"):  # Read before any response.
+                    if option not in kind.options:
+                        raise InputError(f"kinds.{name}.options.{option} is not set")
             if kind.options.get("correct", self.full_credit) != self.full_credit:
                 raise InputError(
                     f"kinds.{name}.options.correct is {kind.options['correct']}, but "
@@ -100,12 +109,20 @@ def check(config: RewardConfig, rows: Iterable[Row]) -> None:
                 f"{row.origin}: an answer for {kind.function!r} is text or a list of texts, "
                 f"not an object with {sorted(row.answer)[:3]}"
             )
-        if kind.function == "code":
+        if kind.runs_code:
             sandbox.choose(kind.options["isolation"])
             try:
-                code.parse(row.answer)
+                tests = code.parse(ground_truth(config, row.source, row.answer, ""))
             except InputError as error:
                 raise InputError(f"{row.origin}: {error}") from None
+            together = len(tests.cases)
+            if not kind.options.get("soft", True):
+                together = min(together, code.TOGETHER)
+            if together * tests.timeout_s > config.task_timeout_s:
+                raise InputError(
+                    f"{row.origin}: {together} tests of up to {tests.timeout_s} s do not fit "
+                    f"into rewards.task_timeout_s={config.task_timeout_s}"
+                )
     if unknown:
         names = ", ".join(
             f"{name!r} ({len(origins)} rows, the first {origins[0]})"
@@ -129,7 +146,7 @@ def try_out(pool: Pool, config: RewardConfig, rows: Iterable[Row]) -> None:
     for name, row in first.items():
         kind = config.kinds[name]
         answer = ground_truth(config, row.source, row.answer, seed="")
-        outcome = pool.submit(kind.function, "", answer, **kind.options).result()
+        outcome = pool.submit(kind.function, "", answer, **kind.resolved()).result()
         if outcome.status == "error":
             raise InputError(
                 f"the reward rewards.kinds.{name} ({kind.function}, with options "
@@ -142,6 +159,6 @@ def ground_truth(config: RewardConfig, source: str, answer: Any, seed: str) -> A
     """What the samples of one group are scored against: for code, the tests that are run,
     chosen by the seed."""
     kind = config.kinds[config.kind_of(source)]
-    if kind.function != "code":
+    if not kind.runs_code:
         return answer
     return code.choose_tests(answer, seed, kind.options["max_tests"])

@@ -12,11 +12,13 @@ How well that is kept depends on the host. `choose` finds the best that works he
 
     bubblewrap   all of the above. Debian and Ubuntu: apt-get install bubblewrap (0.7 or later)
     unshare      without a root of its own: a program can read, but not write, what its user
-                 (nobody, if we are root) can read. Memory that is no process's own (System V
-                 and memfd) is not counted.
+                 (nobody, if we are root) can read. Memory that is no process's own (System
+                 V, memfd, shared maps) is not counted.
     rlimits      only limits, no isolation. Never chosen, only asked for.
 
-What this is not: a defence against bugs of the kernel.
+What this is not: a defence against bugs of the kernel. Memory is what is resident: pages
+that forks share count for each of them, and buffers of sockets and pipes, some 350 MB at
+most, for none.
 
 References: bwrap(1), setpriv(1), unshare(1), prlimit(1), seccomp(2).
 """
@@ -203,15 +205,15 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
 
 def _read(answers: bytes) -> Iterator[Result]:
     """The results, as far as they have come whole: a program can spoil what follows."""
+    at = 0
     with contextlib.suppress(ValueError):
-        while answers:
-            line, _, answers = answers.partition(b"\n")
-            returncode, timed_out, out, err = map(int, line.split())
-            stdout, stderr = answers[:out], answers[out : out + err]
-            answers = answers[out + err :]
+        while at < len(answers):
+            end = answers.index(b"\n", at)
+            returncode, timed_out, out, err = map(int, answers[at:end].split())
+            middle, at = end + 1 + out, end + 1 + out + err
             yield Result(
-                stdout.decode(errors="replace"),
-                stderr.decode(errors="replace"),
+                answers[end + 1 : middle].decode(errors="replace"),
+                answers[middle:at].decode(errors="replace"),
                 returncode,
                 bool(timed_out),
             )
@@ -243,13 +245,16 @@ def _bubblewrap(
         # The user goes first: limits on processes do not hold for root, whatever a
         # namespace calls it.
         *_drop_user(),
-        *["bwrap", "--unshare-all", "--die-with-parent", "--new-session"],
+        # The supervisor is the first process: programs cannot signal it, nor, as with
+        # bwrap's own, find one that has no limits.
+        *["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"],
         *["--cap-drop", "ALL", "--json-status-fd", str(status_fd)],
         *(["--seccomp", str(filter_fd)] * bool(_forbidden_calls())),
         *["--ro-bind", "/usr", "/usr"],
         *[part for name in ("bin", "lib", "lib64") for part in _as_on_host(f"/{name}")],
         *[part for path, at in places.items() for part in ("--ro-bind", at, path)],
         *["--proc", "/proc", "--dev", "/dev"],
+        *["--dev-bind", "/dev/null", "/dev/zero"],  # Which is shared memory, if mapped.
         *[*size, "--tmpfs", "/dev/shm", *size, "--tmpfs", "/tmp", "--chdir", "/tmp"],
         *["--file", str(code_fd), "/supervisor.py"],
         # All these lie in memory, and what may be written must have a limit.
@@ -276,6 +281,7 @@ def _unshare(limits: list[str], file_mb: int, code_fd: int, *_: int) -> list[str
     return [
         *_show(stage),
         *_drop_user(),
+        *["setpriv", "--pdeathsig", "KILL"],  # A new user would clear it.
         *["unshare", "--map-root-user", "-m", "-n", "-p", "-f", "-i", "-u"],
         *["--mount-proc", "--kill-child", "sh", "-ec", script, "sh"],
         *[*_DROP_PRIVILEGES, *limits, interpreter, *options, f"/dev/fd/{code_fd}"],
@@ -362,7 +368,8 @@ def _environment(isolation: str) -> dict[str, str]:
     }
 
 
-# Memory that belongs to no process, new file systems, and looking into other processes.
+# Memory that belongs to no process (as does a map that is shared and anonymous, see below:
+# it may be larger than what its processes have of it), new file systems, and looking into other processes.
 # The numbers on x86_64 and aarch64.
 _FORBIDDEN = {
     "memfd_create": (319, 279),
@@ -383,7 +390,7 @@ _FORBIDDEN = {
 
 @functools.cache
 def _forbidden_calls() -> bytes:
-    """The BPF program that answers `_FORBIDDEN` with EPERM, see seccomp(2); empty on
+    """The BPF program that answers what is forbidden with EPERM, see seccomp(2); empty on
     machines whose numbers we do not know."""
     machines = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
     if platform.machine() not in machines:
@@ -391,14 +398,19 @@ def _forbidden_calls() -> bytes:
     arch, column = machines[platform.machine()]
     numbers = [row[column] for row in _FORBIDDEN.values()]
     n = len(numbers)
-    load, jump_equal, jump_at_least, give = 0x20, 0x15, 0x35, 0x06
+    load, jump_equal, jump_at_least, and_, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, deny, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    mmap, flags, both = (9, 222)[column], 16 + 3 * 8, 0x01 | 0x20  # Shared, anonymous.
     program = [  # (what, how many lines to skip if so, and if not, with what).
         (load, 0, 0, 4),  # Of which machine the call is: not of its 32-bit kin,
-        (jump_equal, 0, n + 4, arch),
+        (jump_equal, 0, n + 8, arch),
         (load, 0, 0, 0),  # Its number:
-        (jump_at_least, n + 2, 0, 0x40000000),  # not of x32.
-        *[(jump_equal, n - i, 0, number) for i, number in enumerate(numbers)],
+        (jump_at_least, n + 6, 0, 0x40000000),  # not of x32.
+        *[(jump_equal, n + 4 - i, 0, number) for i, number in enumerate(numbers)],
+        (jump_equal, 0, 3, mmap),
+        (load, 0, 0, flags),
+        (and_, 0, 0, both),
+        (jump_equal, 1, 0, both),
         (give, 0, 0, allow),
         (give, 0, 0, deny),
         (give, 0, 0, kill),

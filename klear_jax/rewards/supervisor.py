@@ -10,17 +10,22 @@ is right.
 
 import atexit
 import builtins
+import ctypes
 import marshal
 import os
 import resource
 import select
 import sys
+import time
 
 KILL = 9
+SET_DUMPABLE = 4
+prctl = ctypes.CDLL(None).prctl
 
 
 def supervise() -> str:
     """Returns in each child process, with the program that it is to be."""
+    prctl(SET_DUMPABLE, 0)  # Whoever has the same user cannot write to our memory.
     programs, timeout_s, alone = marshal.load(sys.stdin.buffer)
     answers = os.dup(1)
     os.write(answers, b"ready\n")
@@ -39,12 +44,15 @@ def supervise() -> str:
         ended = os.waitstatus_to_exitcode(status)
         numbers = 128 - ended if ended < 0 else ended, timed_out, *map(len, printed)
         os.write(answers, b"%d %d %d %d\n" % numbers + b"".join(printed))
-        empty(".")
+        for folder in (".", "/dev/shm") if alone else (".",):
+            empty(folder)
     os._exit(0)
 
 
 def unnamed_file(content):
-    number = os.open("stream", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    # To append: a program that opens /dev/stdout once more writes behind what is there.
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
+    number = os.open("stream", flags, 0o600)
     os.remove("stream")
     with open(number, "wb", closefd=False) as file:
         file.write(content)
@@ -60,6 +68,7 @@ def read_all(number):
 
 def become_child(streams, timeout_s):
     os.setsid()
+    prctl(SET_DUMPABLE, 1)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, 1 << 10)
@@ -72,10 +81,11 @@ def wait(pid, timeout_s):
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd)
-    timed_out = not poll.poll(timeout_s * 1000)
+    deadline = time.monotonic() + timeout_s
+    timed_out = not poll.poll(timeout_s * 1000) or time.monotonic() > deadline
     os.close(pidfd)
     if timed_out:
-        os.kill(pid, KILL)
+        os.kill(pid, KILL)  # Not buried yet, so the number is still its own.
     _, status = os.waitpid(pid, 0)
     return status, timed_out
 
@@ -95,12 +105,15 @@ def end_others(pid, alone):
 
 
 def empty(folder):
-    for path, folders, files in os.walk(folder, topdown=False):
-        for name in files:
-            os.remove(os.path.join(path, name))
-        for name in folders:
-            at = os.path.join(path, name)
-            os.remove(at) if os.path.islink(at) else os.rmdir(at)
+    found = []
+    for path, folders, files in os.walk(folder):
+        found += [(os.remove, os.path.join(path, name)) for name in files]
+        for at in (os.path.join(path, name) for name in folders):
+            link = os.path.islink(at)
+            found.append((os.remove if link else os.rmdir, at))
+            link or os.chmod(at, 0o700)  # Before os.walk looks into it.
+    for remove, at in reversed(found):
+        remove(at)
 
 
 def start(code, names):
@@ -110,6 +123,7 @@ def start(code, names):
     more than anything else, for it copies the memory they lie in.
     """
     os_, sys_, atexit_, builtins_ = os, sys, atexit, builtins
+    streams = sys.stdout, sys.stderr
     builtins_.exit = builtins_.quit = sys_.exit  # As the site module has them.
     status = 0
     try:
@@ -127,11 +141,10 @@ def start(code, names):
         status = 1
         sys_.excepthook(*sys_.exc_info())
     if threading := sys_.modules.get("threading"):
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        threading._shutdown()
     atexit_._run_exitfuncs()
-    for stream in (sys_.stdout, sys_.stderr):
+    names.clear()  # Files that it has left open are written out.
+    for stream in (sys_.stdout, sys_.stderr, *streams):
         try:
             stream.flush()
         except Exception:
