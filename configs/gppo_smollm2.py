@@ -3,7 +3,7 @@
     bash launch/smollm2.sh
 
 fetches and converts the model, writes the sums, and calls this. The model does not think in
-tags, so its answer is read wherever it stands. The recipe is that of gppo_tiny, in small;
+tags: its answer is the last number that it writes. The recipe is that of gppo_tiny, in small;
 numbers that differ are our own, chosen for two cores of CPU.
 """
 
@@ -48,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.rewards.kinds = ml_collections.ConfigDict()
     c.rewards.kinds.math = ml_collections.ConfigDict()
-    c.rewards.kinds.math.function = "math_judge"
+    # Not 'math_judge', to which whoever repeats a sum has computed it: within 16 steps all did.
+    c.rewards.kinds.math.function = "last_number"
     c.rewards.kinds.math.options = ml_collections.ConfigDict()
     c.rewards.kinds.math.options.correct = 1.0
     c.rewards.kinds.math.options.wrong = -1.0

@@ -79,8 +79,8 @@ def rewards(num_workers: int) -> ml_collections.ConfigDict:
         num_workers: processes that score, on each host.
     """
     c = ml_collections.ConfigDict()
-    # Kinds of reward: a function ('math', 'math_judge' (no tags asked for), 'code', or
-    # 'module:function' for one of your own) and its keyword arguments.
+    # Kinds of reward: a function ('math', 'math_judge' (no tags asked for), 'last_number',
+    # 'code', or 'module:function' for one of your own) and its keyword arguments.
     c.kinds = ml_collections.ConfigDict()
     for kind in ("math", "code"):
         c.kinds[kind] = ml_collections.ConfigDict()

@@ -391,3 +391,32 @@ def test_workers_end_with_an_interpreter_that_forgot_them(tmp_path, end):
         timeout=PATIENCE_S,
     )
     wait_until(lambda: not alive(trace.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("12 + 19 - 11 = 20", 1),
+        ("\\boxed{20}.", 1),
+        ("It is 1,020, no, 20.0", 1),
+        ("12 + 19 - 11 = \\surprise", -1),  # Right, to math-verify.
+        ("20 - 0", -1),
+        ("x = -20", -1),
+        ("31-20", 1),  # No minus sign of its own.
+        ("(31)-20", 1),
+        ("20 + 0", -1),
+        ("", -1),
+        ("twenty", -1),
+    ],
+)
+def test_the_last_number(text, want):
+    assert math_reward.last_number(text, "20") == want
+    assert math_reward.last_number(text, ["7", "20"], correct=2.0, wrong=0.0) == max(
+        0, 2 * want
+    )
+
+
+def test_the_last_number_is_compared_with_numbers():
+    assert math_reward.last_number("= -1,000", "-1000.0") == 1
+    with pytest.raises(InputError, match="must be a number, not 'twenty'"):
+        math_reward.last_number("20", "twenty")

@@ -172,4 +172,4 @@ def test_problems(tmp_path):
 def test_the_config_is_complete():
     _, c = train.parse(gppo_smollm2.get_config().to_dict())
     assert c.evaluation.num_problems >= 500
-    assert c.rewards.kinds["math"].function == "math_judge"
+    assert c.rewards.kinds["math"].function == "last_number"

@@ -1,11 +1,13 @@
-"""The math reward: does the final answer equal the reference, by math-verify.
+"""The math rewards: does the final answer equal the reference, mostly by math-verify.
 
 FACTS (g): the authors' `math_longcot_math_verify` scorer and their benchmark judge, which
 share one verifier. Verdicts are those of math-verify 0.9.0.
 """
 
+import decimal
 import functools
 import logging
+import re
 import threading
 import warnings
 
@@ -74,6 +76,42 @@ def judge(
     Arguments, errors and the main thread as in `score`.
     """
     return correct if _verdict(text, _golds(ground_truth)) else wrong
+
+
+def last_number(
+    text: str,
+    ground_truth: str | list[str],
+    *,
+    correct: float = 1.0,
+    wrong: float = -1.0,
+) -> float:
+    """Whether the last number in the text is the answer: for sums.
+
+    math-verify takes an expression for its value, so that whoever repeats the problem is
+    right: "12 + 19 - 11 = ..." equals 20. RL finds that out within twenty steps.
+
+    Args:
+      text: the decoded sample.
+      ground_truth: a number, or a list of which any one is right.
+      correct, wrong: the two values.
+
+    Raises:
+      InputError: the ground truth is not made of numbers.
+    """
+    golds = [re.fullmatch(_NUMBER, gold) for gold in _golds(ground_truth)]
+    if not all(golds):
+        raise InputError(f"the answer must be a number, not {ground_truth!r}")
+    numbers = re.findall(_NUMBER, text)
+    values = {_value(gold[0]) for gold in golds}
+    return correct if numbers and _value(numbers[-1]) in values else wrong
+
+
+# A minus sign is the number's own unless a number stands before it: 5-3 ends in 3.
+_NUMBER = r"(?:(?<![\w.)])-)?\d[\d,]*(?:\.\d+)?"
+
+
+def _value(number: str) -> decimal.Decimal:
+    return decimal.Decimal(number.replace(",", ""))
 
 
 def _golds(ground_truth: str | list[str]) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ from klear_jax.errors import InputError
 REWARDS = {
     "math": "klear_jax.rewards.math:score",
     "math_judge": "klear_jax.rewards.math:judge",
+    "last_number": "klear_jax.rewards.math:last_number",
     "code": "klear_jax.rewards.code:score",
 }
 

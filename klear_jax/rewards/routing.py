@@ -104,7 +104,8 @@ def check(config: RewardConfig, rows: Iterable[Row]) -> None:
         except KeyError:
             unknown.setdefault(row.source, []).append(row.origin)
             continue
-        if kind.function in ("math", "math_judge") and isinstance(row.answer, Mapping):
+        of_text = kind.function in ("math", "math_judge", "last_number")
+        if of_text and isinstance(row.answer, Mapping):
             raise InputError(
                 f"{row.origin}: an answer for {kind.function!r} is text or a list of texts, "
                 f"not an object with {sorted(row.answer)[:3]}"
