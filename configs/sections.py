@@ -141,8 +141,7 @@ def gppo_loss() -> ml_collections.ConfigDict:
     c.dual_clip = ml_collections.FieldReference(10.0)  # [R] Metrics count such tokens.
     # 'token_mean' is over the whole mini-batch, where Eq. 11 averages per prompt, as does
     # 'group_mean_token_mean', and [R] per micro-batch. Others: 'seq_mean_token_mean', close
-    # to what [R] does in effect,
-    # 'seq_mean_token_sum', 'seq_mean_token_sum_norm'.
+    # to what [R] does in effect, 'seq_mean_token_sum', 'seq_mean_token_sum_norm'.
     c.aggregation = "token_mean"  # [ours] What DAPO and the name in [R] mean.
     # Old log-probs from the 'trainer', which takes a pass over all samples, or as the
     # 'sampler' had them; the gap between the two is measured with the former.

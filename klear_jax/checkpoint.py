@@ -53,8 +53,6 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
         config: of the loop, a dataclass with workdir, init_from and model.
         tokenizer: saved beside the architecture in model/, for evaluation and export.
     """
-    if config.init_from:
-        check_model(config.init_from, config.model)
     workdir = epath.Path(config.workdir)
     file = workdir / "config.json"
     text = json.dumps(dataclasses.asdict(config), indent=2)
@@ -70,6 +68,8 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
                 "give the same config to resume it, or another workdir"
             )
         return
+    if config.init_from:
+        check_model(config.init_from, config.model)
     (workdir / "model").mkdir(parents=True, exist_ok=True)
     hf_weights.write_config(workdir / "model", config.model, "float32")
     tokenizer.save(workdir / "model")
@@ -216,7 +216,10 @@ def check_model(path: str | epath.Path, config: qwen3.Config) -> None:
         raise InputError(
             f"init_from={path} holds {found}, but config.model says {config}"
         )
-    if is_workdir(path) and not list((epath.Path(path) / "checkpoints").glob("[0-9]*")):
+    # One that is being written has a longer name.
+    if is_workdir(path) and not any(
+        folder.name.isdigit() for folder in (epath.Path(path) / "checkpoints").iterdir()
+    ):
         raise InputError(f"{path} has no finished checkpoint")
 
 

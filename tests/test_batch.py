@@ -13,6 +13,7 @@ import pytest
 from test_rollout import CONFIG, REWARDS
 
 from klear_jax import advantages, batch, losses, rollout, sampler
+from klear_jax.errors import InputError
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Outcome
 
@@ -396,3 +397,15 @@ def test_filters_are_those_of_the_authors(case):
         assert len(kept) - len(want) < theirs["world_size"]
     groups = advantages.groups(np.array(kept) // theirs["n"])
     assert all(len(rows) <= theirs["n"] for rows in groups)
+
+
+def test_a_reward_that_always_fails_stops_the_run():
+    got = make([NAN] * 3)
+    outcomes = [Outcome(NAN, "error", "KeyError: 'x'"), *got.outcomes[1:]]
+    rollout.check_rewards(make([NAN, NAN, 1]))
+    with pytest.raises(InputError, match="failed on all 3 samples .* KeyError: 'x'"):
+        rollout.check_rewards(dataclasses.replace(got, outcomes=outcomes))
+    late = [
+        Outcome(NAN, "late", "")
+    ] * 3  # The step's deadline: not the function's fault.
+    rollout.check_rewards(dataclasses.replace(got, outcomes=late))

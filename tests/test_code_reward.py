@@ -254,3 +254,11 @@ def test_all_or_nothing_stops_at_a_failure(monkeypatch):
     assert ran == [16]
     assert score() == pytest.approx(1 - 2 / 20)
     assert ran == [16, 4]
+
+
+@needs_sandbox
+def test_full_credit_is_exact():
+    """Three tenths over three are not a tenth, and would not count as right."""
+    tests = {"inputs": list("abc"), "outputs": list("abc")}
+    got = code.score(answer("print(input())"), tests, correct=0.1, wrong=0.0)
+    assert got == 0.1

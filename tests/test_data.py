@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -383,7 +384,10 @@ def test_prompt_steps(tokenizer, done, shards):
         assert {len(share["prompt_ids"]) for share in shares} == {4 // shards}
 
 
-def test_long_prompts(tokenizer):
+def test_long_prompts(tokenizer, monkeypatch, caplog):
+    logger = logging.getLogger("klear_jax.data.batches")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
     data = make_examples([1, 1])
     with pytest.raises(InputError, match="example 0: the prompt has 10 tokens"):
         batches.all_prompts(data, tokenizer, max_prompt_tokens=9)
@@ -391,6 +395,9 @@ def test_long_prompts(tokenizer):
         data, tokenizer, max_prompt_tokens=9, too_long="truncate_left"
     )
     assert cut["tokens"] == [tokenizer.prompt(x.messages)[1:] for x in data]
+    assert caplog.messages == [
+        "2 of 2 prompts have more than 9 tokens: their beginning is cut off"
+    ]
 
 
 def test_batches_that_cannot_be(tokenizer):

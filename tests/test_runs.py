@@ -349,6 +349,16 @@ def test_workdir_of_another_config_is_refused(sft_run):
         start(other, workdir)
 
 
+def test_another_start_may_have_other_workers_and_another_place(sft_run, tmp_path):
+    workdir, config = sft_run
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    other = config.copy_and_resolve_references()
+    other.rewards.num_workers, other.checkpoint.keep = 2, 5
+    start(other, moved)  # Finished, so that there is nothing to do.
+    assert read_lines(moved / "metrics.jsonl") == read_lines(workdir / "metrics.jsonl")
+
+
 def test_truncated_data_set_is_named(data, tmp_path):
     shutil.copytree(data / "arithmetic" / "1.0.0", tmp_path / "data")
     (file,) = (tmp_path / "data").glob("*-sft.array_record*")

@@ -189,6 +189,8 @@ def score(
         passed, failed = passed + passes.count(True), failed + passes.count(False)
         if failed and not soft:
             return wrong
+    if not failed:
+        return correct  # Exactly, which the mean below may miss by a rounding.
     return (correct * passed + wrong * failed) / (passed + failed)
 
 

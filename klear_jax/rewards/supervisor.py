@@ -50,6 +50,7 @@ def supervise() -> str:
 
 
 def unnamed_file(content):
+    """The number of a new file that holds the bytes, for one program to read or write."""
     # To append: a program that opens /dev/stdout once more writes behind what is there.
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
     number = os.open("stream", flags, 0o600)
@@ -105,6 +106,7 @@ def end_others(pid, alone):
 
 
 def empty(folder):
+    """Removes all that a program has left in a folder, also what it has locked."""
     found = []
     for path, folders, files in os.walk(folder):
         found += [(os.remove, os.path.join(path, name)) for name in files]
