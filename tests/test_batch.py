@@ -403,7 +403,7 @@ def test_a_reward_that_always_fails_stops_the_run():
     got = make([NAN] * 3)
     outcomes = [Outcome(NAN, "error", "KeyError: 'x'"), *got.outcomes[1:]]
     rollout.check_rewards(make([NAN, NAN, 1]))
-    with pytest.raises(InputError, match="failed on all 3 samples .* KeyError: 'x'"):
+    with pytest.raises(InputError, match=r"failed on all 3 samples .* KeyError: 'x'"):
         rollout.check_rewards(dataclasses.replace(got, outcomes=outcomes))
     late = [
         Outcome(NAN, "late", "")
