@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from klear_jax import qwen3
-from klear_jax.sharding import Layout, constrain
+from klear_jax.sharding import Layout, constrain, sum_over_tokens
 
 VOCAB_BLOCK = 2048  # Columns of logits held at once, per shard of the vocabulary.
 
@@ -98,30 +98,30 @@ def head_logprobs(
     # Whole in D, where the residual stream may be split: the contraction is with a head
     # whose D lies on other devices.
     hidden_BTD = constrain(hidden_BTD, layout, "batch", "seq", None)
-    shards = 1 if layout is None else layout.shards("vocab")
     logp_N, entropy_N = _head(
         hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
         head_VD,
         targets_BT.reshape(-1),
         float(temperature),
-        shards,
+        layout,
         vocab_block,
     )
     return logp_N.reshape(targets_BT.shape), entropy_N.reshape(targets_BT.shape)
 
 
-def _blocks(head_VD, shards, vocab_block):
+def _blocks(head_VD, layout, vocab_block):
     """How to walk the vocabulary: the head by shards, block width and block count.
 
     Every shard is walked at once, each through its own contiguous rows, so that a block
     of a vocabulary split over devices is split the same way.
     """
+    shards = 1 if layout is None else layout.shards("vocab")
     head_RVD = head_VD.reshape(shards, -1, head_VD.shape[-1])
     width = min(vocab_block, head_RVD.shape[1])
     return head_RVD, width, -(-head_RVD.shape[1] // width)
 
 
-def _block_logits(i, hidden_ND, head_RVD, width, temperature):
+def _block_logits(i, hidden_ND, head_RVD, width, temperature, layout):
     """Block i's first row, its weights, logits_NRC, vocabulary ids and which are new.
 
     The last block is moved back to end with the vocabulary; the columns that it shares
@@ -130,7 +130,9 @@ def _block_logits(i, hidden_ND, head_RVD, width, temperature):
     rows = head_RVD.shape[1]
     start = jnp.minimum(i * width, rows - width)
     block_RCD = jax.lax.dynamic_slice_in_dim(head_RVD, start, width, axis=1)
-    block_RCD = block_RCD.astype(hidden_ND.dtype)
+    block_RCD = constrain(
+        block_RCD.astype(hidden_ND.dtype), layout, "vocab", None, None
+    )
     logits_NRC = jnp.einsum(
         "ND,RCD->NRC", hidden_ND, block_RCD, preferred_element_type=jnp.float32
     )
@@ -146,74 +148,98 @@ def _block_logits(i, hidden_ND, head_RVD, width, temperature):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _head(hidden_ND, head_VD, targets_N, temperature, shards, vocab_block):
-    return _head_fwd(hidden_ND, head_VD, targets_N, temperature, shards, vocab_block)[0]
+def _head(hidden_ND, head_VD, targets_N, temperature, layout, vocab_block):
+    return _head_fwd(hidden_ND, head_VD, targets_N, temperature, layout, vocab_block)[0]
 
 
-def _head_fwd(hidden_ND, head_VD, targets_N, temperature, shards, vocab_block):
-    head_RVD, width, count = _blocks(head_VD, shards, vocab_block)
+def _head_fwd(hidden_ND, head_VD, targets_N, temperature, layout, vocab_block):
+    head_RVD, width, count = _blocks(head_VD, layout, vocab_block)
 
     def add_block(i, carry):
-        top_N, sum_N, dot_N, target_N = carry
+        top_NR, sum_NR, dot_NR, target_NR = carry
         _, _, logits_NRC, ids_1RC, new_11C = _block_logits(
-            i, hidden_ND, head_RVD, width, temperature
+            i, hidden_ND, head_RVD, width, temperature, layout
         )
         logits_NRC = jnp.where(new_11C, logits_NRC, -jnp.inf)
-        new_top_N = jnp.maximum(top_N, logits_NRC.max(axis=(1, 2)))
-        below_NRC = logits_NRC - new_top_N[:, None, None]
+        new_top_NR = jnp.maximum(top_NR, logits_NRC.max(axis=2))
+        below_NRC = logits_NRC - new_top_NR[:, :, None]
         exp_NRC = jnp.exp(below_NRC)
         # dot is sum exp(l - top) (l - top), for the entropy.
-        drop_N = top_N - new_top_N
-        scale_N = jnp.exp(drop_N)
-        dot_N = (dot_N + sum_N * drop_N) * scale_N
-        dot_N += jnp.sum(jnp.where(new_11C, exp_NRC * below_NRC, 0.0), axis=(1, 2))
-        sum_N = sum_N * scale_N + jnp.sum(exp_NRC, axis=(1, 2))
+        sum_NR, dot_NR = _lift(top_NR - new_top_NR, sum_NR, dot_NR)
+        dot_NR += jnp.sum(jnp.where(new_11C, exp_NRC * below_NRC, 0.0), axis=2)
+        sum_NR += jnp.sum(exp_NRC, axis=2)
         hit_NRC = (ids_1RC == targets_N[:, None, None]) & new_11C
-        target_N += jnp.sum(jnp.where(hit_NRC, logits_NRC, 0.0), axis=(1, 2))
-        return new_top_N, sum_N, dot_N, target_N
+        target_NR += jnp.sum(jnp.where(hit_NRC, logits_NRC, 0.0), axis=2)
+        return new_top_NR, sum_NR, dot_NR, target_NR
 
-    zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
-    carry = (jnp.full_like(zeros_N, -1e30), zeros_N, zeros_N, zeros_N)
-    top_N, sum_N, dot_N, target_N = jax.lax.fori_loop(0, count, add_block, carry)
+    # A shard of the vocabulary has its own sums, so that devices tell each other once.
+    shape = (len(targets_N), len(head_RVD))
+    zeros_NR = constrain(jnp.zeros(shape, jnp.float32), layout, "batch", "vocab")
+    carry = (zeros_NR - 1e30, zeros_NR, zeros_NR, zeros_NR)
+    top_NR, sum_NR, dot_NR, target_NR = jax.lax.fori_loop(0, count, add_block, carry)
+    top_N = top_NR.max(axis=1)
+    sum_NR, dot_NR = _lift(top_NR - top_N[:, None], sum_NR, dot_NR)
+    sum_N, dot_N, target_N = (x.sum(axis=1) for x in (sum_NR, dot_NR, target_NR))
     # A probability is at most 1; rounding may say otherwise.
     logp_N = jnp.minimum((target_N - top_N) - jnp.log(sum_N), 0.0)
     entropy_N = jnp.log(sum_N) - dot_N / sum_N
     return (logp_N, entropy_N), (hidden_ND, head_VD, targets_N, top_N, jnp.log(sum_N))
 
 
-def _head_bwd(temperature, shards, vocab_block, kept, grads):
+def _lift(drop, sum_, dot):
+    """sum exp(l - top) and sum exp(l - top) (l - top) for a top that is higher by -drop."""
+    scale = jnp.exp(drop)
+    return sum_ * scale, (dot + sum_ * drop) * scale
+
+
+def _head_bwd(temperature, layout, vocab_block, kept, grads):
     hidden_ND, head_VD, targets_N, top_N, log_sum_N = kept
     grad_N = grads[0] / temperature
-    head_RVD, width, count = _blocks(head_VD, shards, vocab_block)
+    head_RVD, width, count = _blocks(head_VD, layout, vocab_block)
+
+    def dblock(dlogits_NRC, hidden_ND):
+        return jnp.einsum(
+            "NRC,ND->RCD",
+            dlogits_NRC,
+            hidden_ND,
+            preferred_element_type=head_VD.dtype,
+        )
+
+    split = ("vocab", None, "embed")
+    dblock = sum_over_tokens(
+        dblock, layout, [("batch", "vocab", None), ("batch", None)], split
+    )
 
     def add_block(i, carry):
-        dhidden_ND, dhead_RVD = carry
+        dhidden_RND, dhead_RVD = carry
         start, block_RCD, logits_NRC, ids_1RC, new_11C = _block_logits(
-            i, hidden_ND, head_RVD, width, temperature
+            i, hidden_ND, head_RVD, width, temperature, layout
         )
         probs_NRC = jnp.exp(
             (logits_NRC - top_N[:, None, None]) - log_sum_N[:, None, None]
         )
         hit_NRC = ids_1RC == targets_N[:, None, None]
         dlogits_NRC = grad_N[:, None, None] * (hit_NRC - probs_NRC)
-        dblock_RCD = jnp.einsum(
-            "NRC,ND->RCD",
-            dlogits_NRC.astype(hidden_ND.dtype),
-            hidden_ND,
-            preferred_element_type=head_VD.dtype,
-        )
         dhead_RVD = jax.lax.dynamic_update_slice_in_dim(
-            dhead_RVD, dblock_RCD, start, axis=1
+            dhead_RVD,
+            dblock(dlogits_NRC.astype(hidden_ND.dtype), hidden_ND),
+            start,
+            axis=1,
         )
         dlogits_NRC = jnp.where(new_11C, dlogits_NRC, 0.0).astype(hidden_ND.dtype)
-        dhidden_ND += jnp.einsum(
-            "NRC,RCD->ND", dlogits_NRC, block_RCD, preferred_element_type=jnp.float32
+        dhidden_RND += jnp.einsum(
+            "NRC,RCD->RND", dlogits_NRC, block_RCD, preferred_element_type=jnp.float32
         )
-        return dhidden_ND, dhead_RVD
+        return dhidden_RND, dhead_RVD
 
-    carry = (jnp.zeros(hidden_ND.shape, jnp.float32), jnp.zeros_like(head_RVD))
-    dhidden_ND, dhead_RVD = jax.lax.fori_loop(0, count, add_block, carry)
-    return dhidden_ND.astype(hidden_ND.dtype), dhead_RVD.reshape(head_VD.shape), None
+    zeros_RND = jnp.zeros((len(head_RVD), *hidden_ND.shape), jnp.float32)
+    carry = (
+        constrain(zeros_RND, layout, "vocab", "batch", None),
+        constrain(jnp.zeros_like(head_RVD), layout, *split),
+    )
+    dhidden_RND, dhead_RVD = jax.lax.fori_loop(0, count, add_block, carry)
+    dhidden_ND = dhidden_RND.sum(axis=0).astype(hidden_ND.dtype)
+    return dhidden_ND, dhead_RVD.reshape(head_VD.shape), None
 
 
 _head.defvjp(_head_fwd, _head_bwd)

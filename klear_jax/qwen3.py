@@ -22,7 +22,7 @@ import numpy as np
 
 from klear_jax.attention import attention
 from klear_jax.errors import InputError
-from klear_jax.sharding import Layout, constrain
+from klear_jax.sharding import Layout, constrain, shard_index, sum_over_tokens
 
 Params = dict[str, Any]
 
@@ -262,20 +262,74 @@ def _rotate(x_BTNH, rope):
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis in float32, back in x's dtype, times scale."""
+    """x / rms(x) over the last axis, times scale; in float32, its gradients too."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(
-        (1,) * (x.ndim - 1) + (-1,)
-    )
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (normed * scale).astype(x.dtype)
 
 
-def project(x: jax.Array, weight: jax.Array, num_in: int = 1) -> jax.Array:
-    """Contracts the last `num_in` axes of x with the first of weight, as one plain matrix
-    product: with more axes, XLA's CPU backend is a third slower."""
-    ins, outs = weight.shape[:num_in], weight.shape[num_in:]
-    flat = x.reshape(-1, math.prod(ins)) @ weight.reshape(math.prod(ins), -1)
-    return flat.reshape(*x.shape[: x.ndim - num_in], *outs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def project(
+    x: jax.Array,
+    weight: jax.Array,
+    axes: tuple[str | None, ...],
+    num_in: int = 1,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """Contracts the last `num_in` axes of x [B, T, ...] with the first of a weight.
+
+    The weight is used in x's dtype, gathered over fsdp. Its gradient is summed in its own
+    dtype (float32, of master weights) over all tokens of all devices, and each device gets
+    the part that it has of the weight: left to the partitioner, whole matrices were
+    reduced, in bfloat16.
+
+    Args:
+        axes: the logical axes of the weight.
+    """
+    return _project_fwd(x, weight, axes, num_in, layout)[0]
+
+
+def _project_fwd(x, weight, axes, num_in, layout):
+    matrix = _matrix(weight, x.dtype, axes, num_in, layout)
+    # One plain matrix product: with more axes, XLA's CPU backend is a third slower.
+    y = x.reshape(-1, len(matrix)) @ matrix
+    y = y.reshape(*x.shape[: x.ndim - num_in], *weight.shape[num_in:])
+    return y, (x, weight)
+
+
+def _project_bwd(axes, num_in, layout, kept, dy):
+    x, weight = kept
+    matrix = _matrix(weight, x.dtype, axes, num_in, layout)
+    dx = (dy.reshape(-1, matrix.shape[1]) @ matrix.T).reshape(x.shape)
+
+    def local(x, dy):
+        ins, outs = x.shape[2:], dy.shape[2:]
+        return jnp.einsum(
+            "NI,NO->IO",
+            x.reshape(-1, math.prod(ins)),
+            dy.reshape(-1, math.prod(outs)),
+            preferred_element_type=weight.dtype,
+        ).reshape(*ins, *outs)
+
+    whole = whole_in_embed(axes)
+    tokens = ("batch", "seq")
+    in_axes = [(*tokens, *whole[:num_in]), (*tokens, *whole[num_in:])]
+    return dx, sum_over_tokens(local, layout, in_axes, axes)(x, dy)
+
+
+project.defvjp(_project_fwd, _project_bwd)
+
+
+def _matrix(weight, dtype, axes, num_in, layout):
+    """The weight as it is used: [in, out], cast before it is gathered over fsdp."""
+    weight = constrain(weight.astype(dtype), layout, *whole_in_embed(axes))
+    return weight.reshape(math.prod(weight.shape[:num_in]), -1)
+
+
+def whole_in_embed(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of a weight that was gathered over fsdp."""
+    return tuple(None if axis == "embed" else axis for axis in axes)
 
 
 # attend(q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, anything), after RoPE.
@@ -302,29 +356,23 @@ def layer(
         The residual stream, and the second result of `attend`.
     """
 
-    def gather(param, weight):
-        axes = (None if axis == "embed" else axis for axis in param.axes[1:])
-        return constrain(weight.astype(x_BTD.dtype), layout, *axes)
+    table = param_table(config)["layers"]
 
-    # Weights are gathered over fsdp before they are used, and not left to the partitioner:
-    # from rows split over (data, fsdp) and D split over fsdp it made, for a stream split
-    # over tensor on a mesh of 2 x 2 x 2, wrong numbers (jax 0.10.2 and 0.12.0).
-    w = jax.tree.map(gather, param_table(config)["layers"], weights)
+    def apply(name, x, num_in=1):
+        return project(x, weights[name], table[name].axes[1:], num_in, layout)
+
     x_BTD = constrain(x_BTD, layout, "batch", "seq", None)
-    h_BTD = rms_norm(x_BTD, w["attn_norm"], config.norm_eps)
-    q_BTNH = project(h_BTD, w["wq"])
-    k_BTKH = project(h_BTD, w["wk"])
-    v_BTKH = project(h_BTD, w["wv"])
+    h_BTD = rms_norm(x_BTD, weights["attn_norm"], config.norm_eps)
+    q_BTNH, k_BTKH, v_BTKH = (apply(name, h_BTD) for name in ("wq", "wk", "wv"))
     if config.qk_norm:
-        q_BTNH = rms_norm(q_BTNH, w["q_norm"], config.norm_eps)
-        k_BTKH = rms_norm(k_BTKH, w["k_norm"], config.norm_eps)
+        q_BTNH = rms_norm(q_BTNH, weights["q_norm"], config.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, weights["k_norm"], config.norm_eps)
     out_BTNH, kept = attend(_rotate(q_BTNH, rope), _rotate(k_BTKH, rope), v_BTKH)
-    x_BTD += project(out_BTNH, w["wo"], num_in=2)
+    x_BTD += apply("wo", out_BTNH, num_in=2)
 
-    h_BTD = rms_norm(x_BTD, w["mlp_norm"], config.norm_eps)
-    gate_BTF = jax.nn.silu(project(h_BTD, w["w_gate"]))
-    up_BTF = project(h_BTD, w["w_up"])
-    x_BTD += project(gate_BTF * up_BTF, w["w_down"])
+    h_BTD = rms_norm(x_BTD, weights["mlp_norm"], config.norm_eps)
+    gate_BTF = jax.nn.silu(apply("w_gate", h_BTD))
+    x_BTD += apply("w_down", gate_BTF * apply("w_up", h_BTD))
     # Between layers, where the backward pass keeps it, the stream is split further.
     return constrain(x_BTD, layout, "batch", "seq", "residual"), kept
 
@@ -365,7 +413,7 @@ def forward(
         q_BTNH = constrain(q_BTNH, layout, "batch", "seq", "heads", None)
         k_BTKH = constrain(k_BTKH, layout, "batch", "seq", "kv_heads", None)
         v_BTKH = constrain(v_BTKH, layout, "batch", "seq", "kv_heads", None)
-        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), None
+        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, layout), None
 
     def body(x_BTD, weights):
         return layer(x_BTD, weights, config, rope, attend, layout)
@@ -383,11 +431,38 @@ def embed(
     layout: Layout | None = None,
 ) -> jax.Array:
     """The embeddings of tokens, [B, T, D]: where the residual stream begins."""
+    return _look_up(params["embed"], tokens_BT, dtype or params["embed"].dtype, layout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(embed_VD, tokens_BT, dtype, layout):
+    return _look_up_fwd(embed_VD, tokens_BT, dtype, layout)[0]
+
+
+def _look_up_fwd(embed_VD, tokens_BT, dtype, layout):
     # Gathered over fsdp first: looked up by pieces of D, the stream would have to be
     # turned from split by D to split by row.
-    embed_VD = constrain(params["embed"], layout, "vocab", None)
-    x_BTD = embed_VD[tokens_BT]
-    return x_BTD if dtype is None else x_BTD.astype(dtype)
+    whole_VD = constrain(embed_VD.astype(dtype), layout, "vocab", None)
+    return whole_VD[tokens_BT], (embed_VD, tokens_BT)
+
+
+def _look_up_bwd(dtype, layout, kept, dx_BTD):
+    """The gradient is summed and split as that of `project`."""
+    embed_VD, tokens_BT = kept
+
+    def local(tokens_BT, dx_BTD):
+        rows = len(embed_VD) // (1 if layout is None else layout.shards("vocab"))
+        row_BT = tokens_BT - shard_index(layout, "vocab") * rows
+        row_BT = jnp.where((row_BT >= 0) & (row_BT < rows), row_BT, rows)
+        zeros_VD = jnp.zeros((rows, dx_BTD.shape[-1]), embed_VD.dtype)
+        return zeros_VD.at[row_BT].add(dx_BTD.astype(embed_VD.dtype), mode="drop")
+
+    in_axes = [("batch", "seq"), ("batch", "seq", None)]
+    add_up = sum_over_tokens(local, layout, in_axes, ("vocab", "embed"))
+    return add_up(tokens_BT, dx_BTD), None
+
+
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 def decode(

@@ -106,6 +106,80 @@ def sampling_layout(layout: Layout) -> Layout:
     return Layout(layout.mesh, {**layout.rules, "embed": (), "residual": ()})
 
 
+def platform(layout: Layout | None) -> str:
+    """'cpu', 'gpu' or 'tpu': of the mesh, which need not be there, or of this process."""
+    if layout is None:
+        return jax.default_backend()
+    return layout.mesh.devices.flat[0].platform
+
+
+def map_shards(
+    fn: Callable[..., Any],
+    layout: Layout | None,
+    in_axes: Sequence[tuple[str | None, ...]],
+    out_axes: Any,
+) -> Callable[..., Any]:
+    """`fn` on each device by itself, on its part of every array.
+
+    Args:
+        layout: None on one device.
+        in_axes: logical axes of each argument, leading ones for a tree of arrays.
+        out_axes: logical axes of the result, or a tuple of them, one a result.
+    """
+    if layout is None:
+        return fn
+    several = any(isinstance(axes, tuple) for axes in out_axes)
+    return jax.shard_map(
+        fn,
+        mesh=layout.mesh,
+        in_specs=tuple(layout.spec(*axes) for axes in in_axes),
+        out_specs=tuple(layout.spec(*axes) for axes in out_axes)
+        if several
+        else layout.spec(*out_axes),
+        check_vma=False,
+    )
+
+
+def sum_over_tokens(
+    fn: Callable[..., jax.Array],
+    layout: Layout | None,
+    in_axes: Sequence[tuple[str | None, ...]],
+    out_axes: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """The sum of `fn` over all devices that hold other tokens, of which each device keeps
+    its part: a reduce-scatter over fsdp, and what is left is reduced over data.
+
+    Args:
+        fn: sees this device's part of its arguments; its result, a sum over tokens, is whole
+            in the axes that lie on the batch's mesh axes.
+        in_axes, out_axes: logical axes, as in `map_shards`.
+    """
+    if layout is None:
+        return fn
+    tokens = {axis for axes in in_axes for axis in axes} & {"batch", "seq"}
+    over = {name for axis in tokens for name in layout.rules[axis]}
+
+    def local(*args):
+        x, left = fn(*args), set(over)
+        for dim, axis in enumerate(out_axes):
+            names = tuple(n for n in layout.rules.get(axis, ()) if n in over)
+            if names:
+                x = jax.lax.psum_scatter(
+                    x, names, scatter_dimension=dim, tiled=True
+                )
+                left -= set(names)
+        return jax.lax.psum(x, tuple(sorted(left))) if left else x
+
+    return map_shards(local, layout, in_axes, out_axes)
+
+
+def shard_index(layout: Layout | None, axis: str) -> jax.Array | int:
+    """Inside `map_shards`: the how-manieth part of a logical axis this device has."""
+    if layout is None or not layout.rules[axis]:
+        return 0
+    return jax.lax.axis_index(layout.rules[axis])
+
+
 def map_replicas(
     fn: Callable[..., Any],
     layout: Layout | None,
@@ -117,8 +191,7 @@ def map_replicas(
     Args:
         fn: sees the arrays whose first logical axis is 'batch' without that axis.
         layout: None on one device, where that axis has length 1.
-        in_axes: logical axes of each argument, leading ones for a tree of arrays.
-        out_axes: logical axes of the result, or a tuple of them, one a result.
+        in_axes, out_axes: as `map_shards`.
     """
 
     def strip(axes, tree):
@@ -129,18 +202,7 @@ def map_replicas(
         found = fn(*map(strip, in_axes, args))
         return jax.tree.map(lambda x: x[None], found)
 
-    if layout is None:
-        return local
-    several = any(isinstance(axes, tuple) for axes in out_axes)
-    return jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=tuple(layout.spec(*axes) for axes in in_axes),
-        out_specs=tuple(layout.spec(*axes) for axes in out_axes)
-        if several
-        else layout.spec(*out_axes),
-        check_vma=False,
-    )
+    return map_shards(local, layout, in_axes, out_axes)
 
 
 def like_params(tree: Any, params_shardings: Any, layout: Layout) -> Any:

@@ -1,5 +1,7 @@
 """Attention against plain float64 numpy, whole, in blocks of queries, and one step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +119,23 @@ def test_padding_is_harmless():
     for got, want in zip(junk_grads, grads, strict=True):
         np.testing.assert_array_equal(got, want)
         np.testing.assert_array_equal(np.where(real, 0, got), 0)
+
+
+@pytest.mark.parametrize("T, head_dim", [(37, 8), (300, 128)])
+def test_the_tpu_kernel_is_the_same_forward_and_backward(T, head_dim):
+    """In interpret mode: its numbers, not its speed. 300 tokens are three tiles."""
+    rng = np.random.default_rng(1)
+    shapes = [(2, T, n, head_dim) for n in (N, K, K, N)]
+    q, k, v, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    segments = jnp.asarray(np.resize(SEGMENTS, (2, T)))
+
+    def run(attend):
+        def loss(q, k, v):
+            return jnp.sum(attend(q, k, v, segments) * weight)
+
+        out = attend(q, k, v, segments)
+        return out, *jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    splash = functools.partial(attention.splash_attention, interpret=True)
+    for got, want in zip(run(splash), run(attention.attention), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
