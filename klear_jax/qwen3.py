@@ -361,6 +361,9 @@ def layer(
     def apply(name, x, num_in=1):
         return project(x, weights[name], table[name].axes[1:], num_in, layout)
 
+    # Between layers, where the backward pass keeps it, the stream is split further: said
+    # here too, or the partitioner keeps what the next line makes of it.
+    x_BTD = constrain(x_BTD, layout, "batch", "seq", "residual")
     x_BTD = constrain(x_BTD, layout, "batch", "seq", None)
     h_BTD = rms_norm(x_BTD, weights["attn_norm"], config.norm_eps)
     q_BTNH, k_BTKH, v_BTKH = (apply(name, h_BTD) for name in ("wq", "wk", "wv"))
@@ -373,7 +376,6 @@ def layer(
     h_BTD = rms_norm(x_BTD, weights["mlp_norm"], config.norm_eps)
     gate_BTF = jax.nn.silu(apply("w_gate", h_BTD))
     x_BTD += apply("w_down", gate_BTF * apply("w_up", h_BTD))
-    # Between layers, where the backward pass keeps it, the stream is split further.
     return constrain(x_BTD, layout, "batch", "seq", "residual"), kept
 
 

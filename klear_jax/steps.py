@@ -87,7 +87,8 @@ def accumulate(
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params, micro
         )
-        return grads, metrics | {"loss": loss}
+        # Behind the barrier, or XLA sums whole matrices in the loop and splits them after it.
+        return jax.lax.optimization_barrier(grads), metrics | {"loss": loss}
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(
