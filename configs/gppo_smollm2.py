@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.rollout.prompts = 8
     c.rollout.max_groups = 8
-    c.rollout.max_prompt_tokens = 76
+    c.rollout.max_prompt_tokens = 104
     c.rollout.max_new_tokens = 48
 
     c.sampler = sections.sampler(
@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rewards.sources = ml_collections.ConfigDict()  # Rows do not name theirs.
     c.minibatch_prompts = 2  # Up to 4 updates a step.
     c.micro_rows = 8  # A group, so that an odd one leaves no rows empty.
-    c.num_steps = 32  # Of 75 to 125 s each, by how many groups are used.
+    c.num_steps = 60  # Of 30 to 75 s each, by how many groups are used.
 
     c.optim.peak_lr = 5e-6  # At 1e-5, ratios came to 3.8 within four steps.
     c.optim.end_lr = 5e-6  # Constant after the warm-up.
@@ -64,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.data = "runs/smollm2/data/test.jsonl"
     c.evaluation.split = ""
     c.evaluation.greedy = False  # avg@8 says enough, at T = 1 as in training.
-    c.evaluation.max_prompt_tokens = 76
+    c.evaluation.max_prompt_tokens = 104
     c.evaluation.max_new_tokens = 48
     c.checkpoint.every = 10  # Of 1.6 GB each.
     c.checkpoint.keep = 1

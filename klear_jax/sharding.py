@@ -164,9 +164,7 @@ def sum_over_tokens(
         for dim, axis in enumerate(out_axes):
             names = tuple(n for n in layout.rules.get(axis, ()) if n in over)
             if names:
-                x = jax.lax.psum_scatter(
-                    x, names, scatter_dimension=dim, tiled=True
-                )
+                x = jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
                 left -= set(names)
         return jax.lax.psum(x, tuple(sorted(left))) if left else x
 

@@ -37,18 +37,14 @@ PROBE_TOLERANCE = 0.02
 # Of `tokenizer.ggml.token_type`.
 NORMAL, CONTROL = 1, 3
 
-EXAMPLE_SUM = "8 - 2 + 5"
-# An example shows the form. Without one, the model writes on to the limit.
-EXAMPLE = (
-    ("system", "Give the final answer in \\boxed{}."),
-    ("user", f"What is {EXAMPLE_SUM}?"),
-    ("assistant", f"{EXAMPLE_SUM} = \\boxed{{11}}"),
-)
+# Two examples show the form: an addition at a time. Without any, the model writes on to the
+# limit; without steps, it gets 1 sum of three terms in 20 right.
+EXAMPLES = {"9 + 14": "9 + 14 = 23", "8 + 12 + 5": "8 + 12 = 20. 20 + 5 = 25"}
+SYSTEM = "You add numbers."
 NUMBERS = range(21)
 TEST_SHARE = 0.3  # Of the problems, by a hash of their text.
-# Problems of a split with two terms, and as many with three: all pairs of numbers make
-# 882 in both splits.
-SPLITS = {"train": 512, "test": 256}
+# How many problems of two and of three terms; of two there are 441 in both splits.
+SPLITS = {"train": {2: 256, 3: 512}, "test": {2: 128, 3: 384}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +263,7 @@ def verify(folder: pathlib.Path) -> float:
 
 
 def write_problems(folder: pathlib.Path) -> None:
-    """Writes train.jsonl and test.jsonl: sums of two and of three terms, half and half."""
+    """Writes train.jsonl and test.jsonl: sums of two and of three terms."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in make_problems().items():
         lines = [json.dumps(row) + "\n" for row in rows]
@@ -280,12 +276,12 @@ def make_problems() -> dict[str, list[dict[str, Any]]]:
     chosen = {split: [] for split in SPLITS}
     for num_terms in (2, 3):
         by_split = {split: [] for split in SPLITS}
-        # The one of the example is no problem: its answer is given away.
-        for text in sorted(set(sums(num_terms)) - {EXAMPLE_SUM}, key=draw):
+        # Those of the examples are no problems: their answers are given away.
+        for text in sorted(set(sums(num_terms)) - set(EXAMPLES), key=draw):
             is_test = draw(f"split {text}") < TEST_SHARE
             by_split["test" if is_test else "train"].append(text)
-        for split, count in SPLITS.items():
-            chosen[split] += by_split[split][:count]
+        for split, counts in SPLITS.items():
+            chosen[split] += by_split[split][: counts[num_terms]]
     return {
         split: [
             {"prompt": prompt(text), "answer": str(value(text))}
@@ -297,25 +293,22 @@ def make_problems() -> dict[str, list[dict[str, Any]]]:
 
 def prompt(text: str) -> list[dict[str, str]]:
     """The messages that ask for a sum."""
-    return [
-        {"role": role, "content": content}
-        for role, content in (*EXAMPLE, ("user", f"What is {text}?"))
-    ]
+    turns = [("system", SYSTEM)]
+    for example, response in EXAMPLES.items():
+        turns += [("user", f"What is {example}?"), ("assistant", response)]
+    turns.append(("user", f"What is {text}?"))
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def sums(num_terms: int) -> list[str]:
-    """All of them: '7 + 12 - 3'."""
-    signs = itertools.product(" + | - ".split("|"), repeat=num_terms - 1)
-    return [
-        str(first) + "".join(f"{sign}{n}" for sign, n in zip(some, rest, strict=True))
-        for some in signs
-        for first, *rest in itertools.product(NUMBERS, repeat=num_terms)
-    ]
+    """All of them: '7 + 12 + 3'."""
+    terms = itertools.product(NUMBERS, repeat=num_terms)
+    return [" + ".join(map(str, some)) for some in terms]
 
 
 def value(text: str) -> int:
     """What a sum comes to."""
-    return sum(int(term) for term in text.replace(" - ", " + -").split(" + "))
+    return sum(map(int, text.split(" + ")))
 
 
 def draw(text: str) -> float:
