@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.gpu import attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
     ragged_paged_attention,
@@ -25,6 +26,8 @@ MASKED = -1e30  # Finite, so that a fully masked row of scores stays a number.
 # Of the TPU kernel of training: queries and keys of a tile. A tile of keys is read once for
 # so many queries: 1,024 operations a byte, where v6e, the hungriest, needs 560.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
+FLASH_BLOCK = 128  # Of the GPU kernel: queries and keys of a tile, forward.
+FLASH_BACKWARD_BLOCK = 64
 # Of the TPU kernel of sampling: keys held at once, slots that share a block of queries,
 # bytes.
 KERNEL_KEYS = 1024
@@ -44,8 +47,8 @@ def attention(
     Causal by index in the row. Padding (segment 0) is a segment like another: it sees
     only padding, nobody sees it, and no row of scores is ever wholly masked. Scores and
     softmax are float32. Memory grows with a block of queries x T, not T x T: scores are
-    computed anew in the backward pass. On TPUs it is the Pallas kernel, elsewhere XLA:
-    cuDNN's kernels, on GPUs, know no segments.
+    computed anew in the backward pass. On TPUs and GPUs it is a Pallas kernel (cuDNN's
+    know no segments), elsewhere XLA.
 
     Args:
         layout: of the arrays; None on one device.
@@ -54,13 +57,14 @@ def attention(
         out_BTNH in the dtype of v; what a backward pass may keep of it is called
         'attention'.
     """
-    if platform(layout) == "tpu":
-        query, key = (("batch", None, axis, None) for axis in ("heads", "kv_heads"))
-        in_axes = [query, key, key, ("batch", None)]
-        kernel = map_shards(splash_attention, layout, in_axes, query)
-        return kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    out_BTNH = blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    return checkpoint_name(out_BTNH, "attention")
+    where = platform(layout)
+    if where == "cpu":
+        out_BTNH = blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return checkpoint_name(out_BTNH, "attention")
+    query, key = (("batch", None, axis, None) for axis in ("heads", "kv_heads"))
+    kernel = splash_attention if where == "tpu" else flash_attention
+    kernel = map_shards(kernel, layout, [query, key, key, ("batch", None)], query)
+    return kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def splash_attention(
@@ -100,6 +104,45 @@ def splash_attention(
         splash.SegmentIds(segment_ids_BT, segment_ids_BT),
     )
     return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
+
+
+def flash_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attention` on one GPU, as Pallas kernels.
+
+    Args:
+        interpret: on any device, slowly; for tests.
+    """
+    _, T, N, H = q_BTNH.shape
+    pad = -T % FLASH_BLOCK
+
+    def fill(x_BTH):
+        return jnp.pad(x_BTH, [(0, 0), (0, pad)] + [(0, 0)] * (x_BTH.ndim - 2))
+
+    # The kernel has as many keys as queries; their gradients are summed by repeat's own.
+    k_BTNH, v_BTNH = (
+        jnp.repeat(fill(x_BTKH), N // x_BTKH.shape[2], axis=2)
+        for x_BTKH in (k_BTKH, v_BTKH)
+    )
+    out_BTNH = flash.mha(
+        fill(q_BTNH),
+        k_BTNH,
+        v_BTNH,
+        fill(segment_ids_BT),
+        sm_scale=H**-0.5,
+        causal=True,
+        block_sizes=flash.BlockSizes(
+            FLASH_BLOCK, FLASH_BLOCK, *[FLASH_BACKWARD_BLOCK] * 4
+        ),
+        interpret=interpret,
+    )
+    return checkpoint_name(out_BTNH[:, :T], "attention")
 
 
 def blockwise_attention(

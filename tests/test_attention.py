@@ -121,9 +121,10 @@ def test_padding_is_harmless():
         np.testing.assert_array_equal(np.where(real, 0, got), 0)
 
 
+@pytest.mark.parametrize("kernel", ["splash_attention", "flash_attention"])
 @pytest.mark.parametrize("T, head_dim", [(37, 8), (300, 128)])
-def test_the_tpu_kernel_is_the_same_forward_and_backward(T, head_dim):
-    """In interpret mode: its numbers, not its speed. 300 tokens are three tiles."""
+def test_the_kernels_are_the_same_forward_and_backward(kernel, T, head_dim):
+    """In interpret mode: their numbers, not their speed. 300 tokens are three tiles."""
     rng = np.random.default_rng(1)
     shapes = [(2, T, n, head_dim) for n in (N, K, K, N)]
     q, k, v, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
@@ -136,6 +137,6 @@ def test_the_tpu_kernel_is_the_same_forward_and_backward(T, head_dim):
         out = attend(q, k, v, segments)
         return out, *jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    splash = functools.partial(attention.splash_attention, interpret=True)
-    for got, want in zip(run(splash), run(attention.attention), strict=True):
+    kernel = functools.partial(getattr(attention, kernel), interpret=True)
+    for got, want in zip(run(kernel), run(attention.attention), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
