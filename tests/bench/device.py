@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "HF_HUB_OFFLINE": "1"}
@@ -30,13 +31,50 @@ CLIP = {"kind": "gppo", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
 CLIP |= {"beta_low": 1.0, "beta_high": 1.0}
 
 
-def parity(_) -> None:
+def parity(args) -> None:
+    """Compares the numbers of a process a line: the CPU's in float32 are the exact ones."""
+    import numpy as np
+
+    def numbers(platform, dtype):
+        environment = os.environ | (
+            {"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {}
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/numbers.npz"
+            command = [sys.executable, "-m", "tests.bench.device", "_numbers"]
+            command += [f"--dtype={dtype}", f"--output={path}"]
+            subprocess.run(command, check=True, env=environment)
+            return dict(np.load(path))
+
+    exact = numbers("cpu", "float32")
+    for dtype in ("float32", "bfloat16"):
+        found = numbers("device", dtype)
+        worst = max(
+            float(
+                np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name])
+            )
+            for name in exact
+            if name.startswith("grad")
+        )
+        line = {
+            "device": str(found["device"]),
+            "dtype": dtype,
+            "logp_max_error": float(np.abs(found["logp"] - exact["logp"]).max()),
+            "grad_worst_relative_error": worst,
+            "greedy_tokens_equal": float((found["tokens"] == exact["tokens"]).mean()),
+            "sampler_trainer_gap": float(found["gap"]),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def numbers(args) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from klear_jax import logprobs, qwen3, sampler, steps
 
+    jax.config.update("jax_default_matmul_precision", "highest")  # Of float32.
     config = qwen3.Config(
         vocab_size=1024,
         width=256,
@@ -51,6 +89,9 @@ def parity(_) -> None:
         qk_norm=True,
         max_positions=4096,
     )
+    dtype = jnp.dtype(args.dtype)
+    params = qwen3.init_params(config, jax.random.key(0))
+    model = {"config": config, "dtype": dtype}
     rng = np.random.default_rng(0)
     shape = 2, 1024
     micro = {
@@ -58,79 +99,44 @@ def parity(_) -> None:
         "positions": np.tile(np.arange(512, dtype=np.int32), (2, 2)),
         "segment_ids": np.repeat(np.array([[1, 2], [1, 0]], np.int32), 512, axis=1),
         "advantage": rng.normal(size=shape).astype(np.float32),
+        # About what random weights say, so that there are ratios in every region.
+        "old_logp": rng.normal(-np.log(1024), 0.3, shape).astype(np.float32),
         "weight": np.full(shape, 1 / 1536, np.float32),
         "positive_weight": np.full(shape, 1 / 3072, np.float32),
     }
 
-    def run(device, dtype):
-        with jax.default_device(device), jax.default_matmul_precision("highest"):
-            params = qwen3.init_params(config, jax.random.key(0))
-            model = {"config": config, "layout": None, "dtype": dtype, "remat": True}
-            args = [micro[k] for k in ("tokens", "positions", "segment_ids")]
-            logp = jax.jit(
-                lambda p, t, i, s: logprobs.token_logprobs(
-                    p, tokens_BT=t, positions_BT=i, segment_ids_BT=s, **model
-                )
-            )(params, *args)
-            old = OLD.setdefault(
-                "logp", np.asarray(logp) + 0.3 * rng.normal(size=shape)
-            )
-            batch = micro | {"old_logp": old.astype(np.float32)}
-            grads = jax.jit(
-                jax.grad(
-                    lambda p, b: steps.gppo_loss(
-                        p, b, positive_coef=0.1, clip=CLIP, **model
-                    )[0]
-                )
-            )(params, batch)
-            prompts = [
-                list(map(int, row[:n]))
-                for row, n in zip(micro["tokens"], (64, 17), strict=True)
-            ]
-            samples = sampler.generate(
-                params, config, prompts, max_new_tokens=64, temperature=0.0, dtype=dtype
-            )
-            tokens = [s[0].tokens for s in samples]
-            gap = max(
-                float(
-                    np.abs(
-                        np.asarray(
-                            jax.jit(
-                                lambda p, t: logprobs.token_logprobs(
-                                    p, config, t, dtype=dtype
-                                )
-                            )(params, np.array([prompt + s[0].tokens]))
-                        )[0, len(prompt) :]
-                        - s[0].logprobs
-                    ).max()
-                )
-                for prompt, s in zip(prompts, samples, strict=True)
-            )
-        return np.asarray(logp), jax.tree.map(np.asarray, grads), tokens, gap
+    @jax.jit
+    def score(params, tokens, positions=None, segments=None):
+        rows = {"positions_BT": positions, "segment_ids_BT": segments}
+        return logprobs.token_logprobs(params, tokens_BT=tokens, **rows, **model)
 
-    OLD = {}
-    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
-    expected = run(cpu, jnp.float32)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        found = run(device, dtype)
-        worst = max(
-            float(np.linalg.norm(a - b) / np.linalg.norm(b))
-            for a, b in zip(*map(jax.tree.leaves, (found[1], expected[1])), strict=True)
+    @jax.jit
+    def gradient(params, micro):
+        options = {"layout": None, "remat": True, "positive_coef": 0.1, "clip": CLIP}
+        return jax.grad(lambda p: steps.gppo_loss(p, micro, **options, **model)[0])(
+            params
         )
-        print(
-            json.dumps(
-                {
-                    "device": device.device_kind,
-                    "jax": jax.__version__,
-                    "dtype": jnp.dtype(dtype).name,
-                    "logp_max_error": float(np.abs(found[0] - expected[0]).max()),
-                    "grad_worst_relative_error": worst,
-                    "greedy_tokens_equal": found[2] == expected[2],
-                    "sampler_trainer_gap": found[3],
-                }
-            ),
-            flush=True,
-        )
+
+    prompts = micro["tokens"][:, :64]
+    samples = sampler.generate(
+        params,
+        config,
+        prompts.tolist(),
+        max_new_tokens=64,
+        temperature=0.0,
+        dtype=dtype,
+    )
+    drawn = np.array([one.tokens for (one,) in samples])
+    logp = score(params, np.concatenate([prompts, drawn], axis=1))[:, 64:]
+    grads = jax.tree.leaves(gradient(params, micro))
+    np.savez(
+        args.output,
+        device=jax.devices()[0].device_kind,
+        logp=score(params, *(micro[k] for k in ("tokens", "positions", "segment_ids"))),
+        tokens=drawn,
+        gap=np.abs(logp - np.array([one.logprobs for (one,) in samples])).max(),
+        **{f"grad{i}": grad for i, grad in enumerate(grads)},
+    )
 
 
 def attention(args) -> None:
@@ -380,12 +386,14 @@ def speed(args) -> None:
 
 if __name__ == "__main__":
     commands = {"parity": parity, "attention": attention, "speed": speed}
-    commands |= {"_klear": klear, "_hf": hf}
+    commands |= {"_numbers": numbers, "_klear": klear, "_hf": hf}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=commands)
     parser.add_argument("--preset", default="qwen3_0.6b")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--peers", default="klear,hf")
+    parser.add_argument("--dtype")
+    parser.add_argument("--output")
     arguments = parser.parse_args()
     commands[arguments.command](arguments)
