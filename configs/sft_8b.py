@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.model = sections.model(qwen3.PRESETS["qwen3_8b"])  # [P] 8.19e9 parameters.
     c.dtype = "bfloat16"  # [ours] Of activations; parameters and Adam are float32.
-    c.remat = True  # [ours] Recompute layers in the backward pass, to save memory.
+    c.remat = "full"  # [ours]
     c.mesh = sections.mesh(
         data=1, fsdp=-1, tensor=4
     )  # [ours] Made for 64 chips of v5p.

@@ -39,7 +39,10 @@ def get_config() -> ml_collections.ConfigDict:
         )
     )
     c.dtype = "float32"  # Of activations; parameters and Adam are always float32.
-    c.remat = False  # Recompute layers in the backward pass, to save memory.
+    # What the backward pass keeps of a layer: 'none' is computed anew, 'full': all but the
+    # stream between layers, 'attention': that is kept too, 'offload': the stream is kept in the
+    # host's memory.
+    c.remat = "none"
     c.mesh = sections.mesh(data=1, fsdp=-1, tensor=1)
 
     c.data = ml_collections.ConfigDict()

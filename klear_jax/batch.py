@@ -189,6 +189,61 @@ def mini_batches(
         yield mini
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where `pack` put each sample."""
+
+    row_B: np.ndarray
+    start_B: np.ndarray
+    length_B: np.ndarray
+
+
+def pack(rows: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Places]:
+    """Moves samples together: several a row, as segments that do not see each other.
+
+    The longest first, each into the first row that has room. Every device computes as many
+    rows as the others, so full rows are all that there is to balance.
+
+    Args:
+        rows: a sample a row, from its left end, with segment_ids; [B, T] each.
+
+    Returns:
+        The same arrays [R, T], R at most B, and where the samples are.
+    """
+    length_B = np.count_nonzero(rows["segment_ids"], axis=1)
+    row_B, start_B, segment_B = (np.zeros(len(length_B), int) for _ in range(3))
+    T = rows["segment_ids"].shape[1]
+    used_R, count_R = (np.zeros(len(length_B), int) for _ in range(2))
+    for b in np.argsort(-length_B, kind="stable"):
+        row = np.argmax(used_R + length_B[b] <= T)
+        row_B[b], start_B[b], segment_B[b] = row, used_R[row], count_R[row] + 1
+        used_R[row] += length_B[b]
+        count_R[row] += 1
+    places = Places(row_B, start_B, length_B)
+    num_rows = row_B.max(initial=-1) + 1
+    packed = {name: np.zeros((num_rows, T), x.dtype) for name, x in rows.items()}
+    for name, x_BT in rows.items():
+        if name == "segment_ids":
+            x_BT = x_BT * segment_B[:, None]
+        for b, (row, start, end) in enumerate(_spans(places)):
+            packed[name][row, start:end] = x_BT[b, : end - start]
+    return packed, places
+
+
+def unpack(x_RT: np.ndarray, places: Places) -> np.ndarray:
+    """Of packed rows, the samples one a row again, [B, T]; 0 where there is no token."""
+    x_BT = np.zeros((len(places.row_B), x_RT.shape[1]), x_RT.dtype)
+    for b, (row, start, end) in enumerate(_spans(places)):
+        x_BT[b, : end - start] = x_RT[row, start:end]
+    return x_BT
+
+
+def _spans(places: Places) -> Iterator[tuple[int, int, int]]:
+    """Row, start and end of each sample."""
+    ends = places.start_B + places.length_B
+    return zip(places.row_B, places.start_B, ends, strict=True)
+
+
 def sample_metrics(
     rollout: Rollout,
     chosen: np.ndarray,

@@ -113,7 +113,7 @@ class GppoConfig:
     tokenizer: str
     model: qwen3.Config
     dtype: str
-    remat: bool
+    remat: str  # A key of `qwen3.REMAT`.
     mesh: MeshConfig
     data: DataConfig
     rollout: rollout.RolloutConfig
@@ -128,6 +128,7 @@ class GppoConfig:
     checkpoint: checkpoint.CheckpointConfig
 
     def __post_init__(self):
+        qwen3.check_remat(self.remat)
         for name in ("minibatch_prompts", "micro_rows", "num_steps"):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -371,13 +372,16 @@ def learn(
     config: GppoConfig,
     layout: Layout,
 ) -> tuple[steps.TrainState, list[dict[str, np.ndarray]]]:
-    """An update a mini-batch, and its metrics. The host reads none before all are under
-    way."""
+    """An update a mini-batch, and its metrics, with `row_fill`: the share of tokens in the
+    computed rows that are real. The host reads none before all are under way."""
     found = []
     for mini in minis:
-        placed, count = place(mini, config.minibatch_prompts, config, layout)
+        packed, _ = batch.pack(mini)
+        placed, count = place(packed, config.minibatch_prompts, config, layout)
         state, values = update(state, placed, count, rate)
-        found.append(values)
+        computed = count * config.micro_rows * config.rollout.row_tokens
+        real = np.count_nonzero(packed["segment_ids"])
+        found.append(values | {"row_fill": real / max(computed, 1)})
     return state, jax.device_get(found)
 
 
@@ -433,13 +437,14 @@ def old_logprobs(
     if config.loss.old_logp == "sampler":
         return rows["behaviour_logp"]
     inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
+    packed, places = batch.pack(inputs)
     room = num_micro(config, config.rollout.max_groups) * config.micro_rows
-    scored = np.empty(rows["tokens"].shape, np.float32)
-    for start in range(0, len(scored), room):
-        part = {name: x[start : start + room] for name, x in inputs.items()}
+    logp_RT = np.zeros(packed["tokens"].shape, np.float32)
+    for start in range(0, len(logp_RT), room):
+        part = {name: x[start : start + room] for name, x in packed.items()}
         placed, count = place(part, config.rollout.max_groups, config, layout)
         logp_MBT = jax.device_get(score(params, placed, count))
-        logp_BT = logp_MBT.reshape(-1, logp_MBT.shape[-1])
-        scored[start : start + room] = logp_BT[: len(part["tokens"])]
+        found_RT = logp_MBT.reshape(-1, logp_MBT.shape[-1])
+        logp_RT[start : start + room] = found_RT[: len(part["tokens"])]
     earlier = rows["earlier_logp"]
-    return np.where(np.isnan(earlier), scored, earlier)
+    return np.where(np.isnan(earlier), batch.unpack(logp_RT, places), earlier)

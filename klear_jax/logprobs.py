@@ -28,7 +28,7 @@ def token_logprobs(
     temperature: float = 1.0,
     layout: Layout | None = None,
     dtype: jnp.dtype | None = None,
-    remat: bool = False,
+    remat: str = "none",
     with_entropy: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Entry t is log p(token t | the earlier tokens of its segment), in nats.

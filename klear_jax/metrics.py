@@ -234,6 +234,7 @@ def of_updates(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
         "entropy",
         "kl_old",
         "grad_norm",
+        "row_fill",
     ):
         values[name] = float(total[name] / len(found))
     values["grad_norm_max"] = float(max(metrics["grad_norm"] for metrics in found))

@@ -19,12 +19,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from klear_jax.attention import attention
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout, constrain, shard_index, sum_over_tokens
 
 Params = dict[str, Any]
+
+# What the backward pass keeps of every layer, as policies of jax.checkpoint.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": _policies.everything_saveable,
+    # The stream between layers: layers x tokens x width numbers.
+    "full": _policies.nothing_saveable,
+    # And what attention gave, which costs most to compute anew when rows are long.
+    "attention": _policies.save_only_these_names("attention"),
+    # The stream between layers, in the host's memory.
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def check_remat(remat: str) -> None:
+    if remat not in REMAT:
+        raise InputError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,7 +411,7 @@ def forward(
     segment_ids_BT: jax.Array | None = None,
     layout: Layout | None = None,
     dtype: jnp.dtype | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """All layers over whole rows: training and scoring.
 
@@ -399,7 +422,8 @@ def forward(
             other; default: every row is one sequence.
         layout: how activations are split; None on one device.
         dtype: of the activations; None: the parameters' own.
-        remat: keep only the stream between layers for the backward pass.
+        remat: what the backward pass keeps of a layer, one of `REMAT`; the rest it computes
+            anew.
 
     Returns:
         hidden_BTD after the final norm, before the head.
@@ -418,11 +442,12 @@ def forward(
         return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, layout), None
 
     def body(x_BTD, weights):
+        x_BTD = checkpoint_name(x_BTD, "residual")
         return layer(x_BTD, weights, config, rope, attend, layout)
 
-    x_BTD, _ = jax.lax.scan(
-        jax.checkpoint(body) if remat else body, x_BTD, params["layers"]
-    )
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat])
+    x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
     return rms_norm(x_BTD, params["final_norm"], config.norm_eps)
 
 

@@ -52,7 +52,7 @@ class SftConfig:
     tokenizer: str
     model: qwen3.Config
     dtype: str
-    remat: bool
+    remat: str  # A key of `qwen3.REMAT`.
     mesh: MeshConfig
     data: DataConfig
     batch_rows: int
@@ -65,6 +65,7 @@ class SftConfig:
     checkpoint: checkpoint.CheckpointConfig
 
     def __post_init__(self):
+        qwen3.check_remat(self.remat)
         if self.num_steps < 1 or self.batch_rows < 1 or self.micro_rows < 1:
             raise InputError("num_steps, batch_rows and micro_rows must be at least 1")
         if self.batch_rows % self.micro_rows:

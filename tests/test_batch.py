@@ -409,3 +409,36 @@ def test_a_reward_that_always_fails_stops_the_run():
         Outcome(NAN, "late", "")
     ] * 3  # The step's deadline: not the function's fault.
     rollout.check_rewards(dataclasses.replace(got, outcomes=late))
+
+
+@hypothesis.given(st.lists(st.integers(0, 12), max_size=40))
+def test_packed_rows_hold_every_sample_once(lengths):
+    T, rng = 12, np.random.default_rng(0)
+    real_BT = np.arange(T) < np.array(lengths, int)[:, None]
+    rows = {
+        "tokens": rng.integers(1, 99, real_BT.shape) * real_BT,
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), real_BT.shape),
+        "segment_ids": real_BT.astype(np.int32),
+        "weight": rng.random(real_BT.shape).astype(np.float32) * real_BT,
+    }
+    packed, places = batch.pack(rows)
+    for name, x_BT in rows.items():
+        want = real_BT if name == "segment_ids" else x_BT * real_BT
+        back = batch.unpack(packed[name], places)
+        np.testing.assert_array_equal(
+            back != 0 if name == "segment_ids" else back, want
+        )
+        assert packed[name].dtype == x_BT.dtype
+    for segment_T, position_T in zip(
+        packed["segment_ids"], packed["positions"], strict=True
+    ):
+        ids, counts = np.unique(segment_T[segment_T != 0], return_counts=True)
+        np.testing.assert_array_equal(ids, np.arange(1, len(ids) + 1))
+        for segment, count in zip(ids, counts, strict=True):
+            np.testing.assert_array_equal(
+                position_T[segment_T == segment], np.arange(count)
+            )
+    # First fit: no row's samples would all have had room in an earlier one.
+    used = np.count_nonzero(packed["segment_ids"], axis=1)
+    assert used.sum() == sum(lengths)
+    assert np.count_nonzero(used * 2 <= T) <= 1

@@ -212,8 +212,12 @@ def changed(*args):
         (["--config.optim.peak_lr=1e-6"], {"optim.peak_lr": 1e-6}),
         (["--config.optim.peak_lr=1"], {"optim.peak_lr": 1.0}),
         (["--config.loss.kind=clip_higher"], {"loss.kind": "clip_higher"}),
-        (["--config.remat"], {"remat": True}),
-        (["--config.remat=true", "--noconfig.remat"], {}),
+        (["--config.evaluation.greedy=false"], {"evaluation.greedy": False}),
+        (
+            ["--config.evaluation.greedy", "--noconfig.evaluation.greedy"],
+            {"evaluation.greedy": False},
+        ),
+        (["--config.remat=full"], {"remat": "full"}),
         (["--config.loss.dual_clip=None"], {"loss.dual_clip": None}),
         (["--config.loss.dual_clip=3"], {"loss.dual_clip": 3.0}),
         (["--config.mesh.rules.seq=tensor"], {"mesh.rules.seq": ("tensor",)}),
@@ -288,7 +292,14 @@ FLAGS_REFUSED = [
     ),
     ([TINY, "--config.rollout.prompts=3.0"], r".*prompts=3\.0: must be of type int"),
     ([TINY, "--config.optim.b1=x"], r".*--config\.optim\.b1=x: must be of type float"),
-    ([TINY, "--config.remat=maybe"], r".*--config\.remat=maybe: must be of type bool"),
+    (
+        [TINY, "--config.evaluation.greedy=maybe"],
+        r".*--config\.evaluation\.greedy=maybe: must be of type bool",
+    ),
+    (
+        [TINY, "--config.remat=True"],
+        r"in config: remat must be one of none, full, .*, not 'True'",
+    ),
     (
         [TINY, "--config.rollout.promts=3"],
         r"unknown key config\.rollout\.promts; did you mean 'prompts'\?",

@@ -126,7 +126,7 @@ def llama():
 
 
 @functools.partial(jax.jit, static_argnames=("remat", "dtype"))
-def run(params, tokens_BT, segments_BT, weight_BTD, remat=False, dtype=None):
+def run(params, tokens_BT, segments_BT, weight_BTD, remat="none", dtype=None):
     """Hidden states, and the gradients of their weighted sum."""
 
     def loss(params):
@@ -254,9 +254,10 @@ def test_ranks_in_segment(segments):
 # ---- The loops over layers, and precision.
 
 
-def test_remat_changes_no_gradient(small):
+@pytest.mark.parametrize("remat", ["full", "attention", "offload"])
+def test_remat_changes_no_gradient(small, remat):
     batch = rows({(0, 1): (0, list(range(9))), (1, 1): (1, list(range(16)))})
-    assert_same(run(small, *batch, remat=True), run(small, *batch), rtol=1e-6)
+    assert_same(run(small, *batch, remat=remat), run(small, *batch), rtol=1e-6)
 
 
 def test_bf16_activations_and_float32_weights(small):

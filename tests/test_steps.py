@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from klear_jax import logprobs, optim, qwen3, sharding, steps
+from klear_jax import batch, logprobs, optim, qwen3, sharding, steps
 from klear_jax.errors import InputError
 
 CONFIG = qwen3.Config(
@@ -110,22 +110,8 @@ def score(params, **model):
     return logprobs.token_logprobs(params, CONFIG, **model)
 
 
-def pack(rows):
-    """Two sequences a row, as two segments."""
-    packed = {name: x[::2].copy() for name, x in rows.items()}
-    for name, x in rows.items():
-        for row, first, second in zip(
-            packed[name], rows["segment_ids"][::2], x[1::2], strict=True
-        ):
-            n = first.sum()
-            row[n:] = second[: T - n]
-            if name == "segment_ids":
-                row[n:] *= 2
-    return packed
-
-
 @functools.cache
-def accumulate(name, mesh, remat=False):
+def accumulate(name, mesh, remat="none"):
     layout = make_layout(*mesh)
     loss_fn = loss(name, layout, remat=remat)
     program = jax.jit(functools.partial(steps.accumulate, loss_fn))
@@ -151,21 +137,21 @@ ROOM = {8: 1, 4: 4, 2: 4}  # Micro-batches of so many rows: few shapes to compil
     "name, mesh, remat, cuts",
     # A cut: rows of a micro-batch, packed or not.
     [
-        ("lm", (1, 1, 1), False, [(4, False), (4, True)]),
-        ("gppo", (1, 1, 1), False, [(8, False), (4, False), (2, False), (2, True)]),
-        ("gppo", (2, 2, 2), False, [(4, False), (4, True)]),
-        ("gppo", (1, 8, 1), True, [(8, True)]),  # Half of the rows are empty.
-        ("lm", (4, 1, 2), True, [(4, False)]),
+        ("lm", (1, 1, 1), "none", [(4, False), (4, True)]),
+        ("gppo", (1, 1, 1), "none", [(8, False), (4, False), (2, False), (2, True)]),
+        ("gppo", (2, 2, 2), "none", [(4, False), (4, True)]),
+        ("gppo", (1, 8, 1), "full", [(8, True)]),  # Half of the rows are empty.
+        ("lm", (4, 1, 2), "attention", [(4, False)]),
     ],
 )
 def test_any_cut_gives_the_same_gradients(params, rows, whole, name, mesh, remat, cuts):
     layout, program = accumulate(name, mesh, remat)
     spread = sharding.put(params, qwen3.params_shardings(CONFIG, layout))
     for micro_rows, packed in cuts:
-        some = pack(rows) if packed else rows
+        some = batch.pack(rows)[0] if packed else rows
         count = -(-len(some["tokens"]) // micro_rows)
-        batch = steps.micro_batches(some, micro_rows, ROOM[micro_rows], layout)
-        assert_same(program(spread, batch, count), whole[name])
+        micro = steps.micro_batches(some, micro_rows, ROOM[micro_rows], layout)
+        assert_same(program(spread, micro, count), whole[name])
 
 
 def assert_same(got, want):

@@ -112,7 +112,7 @@ def numbers(args) -> None:
 
     @jax.jit
     def gradient(params, micro):
-        options = {"layout": None, "remat": True, "positive_coef": 0.1, "clip": CLIP}
+        options = {"layout": None, "remat": "full", "positive_coef": 0.1, "clip": CLIP}
         return jax.grad(lambda p: steps.gppo_loss(p, micro, **options, **model)[0])(
             params
         )
@@ -247,7 +247,7 @@ def klear(args) -> None:
             1,
             1e-5,
             tx=tx,
-            loss_fn=lambda p, m: steps.lm_loss(p, m, remat=True, **model),
+            loss_fn=lambda p, m: steps.lm_loss(p, m, remat="full", **model),
         ),
         donate_argnums=0,
     )
