@@ -7,11 +7,15 @@ known before a pod is rented:
     mesh = sharding.make_mesh(config.mesh, aot.devices("v5p:4x4x4"))
     compiled = traced.lower().compile()      # arguments: abstract, with shardings on mesh
     aot.memory(compiled).temp
+    aot.collectives(compiled.as_text())
 """
 
 import dataclasses
 import importlib.util
+import math
 import os
+import re
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
@@ -64,3 +68,112 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         temp=found.temp_size_in_bytes,
         peak=found.peak_memory_in_bytes,
     )
+
+
+DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
+DTYPE_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that devices tell each other in a compiled program."""
+
+    kind: str  # One of `COLLECTIVES`.
+    dtype: str  # As 'f32', 'bf16'.
+    shape: tuple[int, ...]  # Of the whole: once gathered, or before it was scattered.
+    devices: int  # That share it.
+    times: int  # In a run of the program; loops of unknown length are counted once.
+    op_name: str  # Where it comes from, as JAX says.
+
+    @property
+    def sent_bytes(self) -> float:
+        """Of each chip, in a run: what the best algorithm on a ring sends."""
+        size = math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        if self.kind == "collective-permute":
+            return self.times * size
+        both_ways = 2 if self.kind == "all-reduce" else 1
+        return self.times * size * both_ways * (self.devices - 1) / self.devices
+
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Those of a compiled program's text, in the order of the text, loops taken into account.
+
+    TPUs fuse an all-reduce with the slice that each chip keeps into what is in truth a
+    reduce-scatter, and it is listed as that.
+    """
+    computations, entry = {}, ""
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            name = found[2]
+            computations[name] = []
+            entry = name if found[1] else entry
+        elif line.startswith(" "):
+            computations[name].append(line)
+    return list(_walk(computations, entry, times=1))
+
+
+def _walk(computations, name, times) -> Iterator[Collective]:
+    for line in computations[name]:
+        if found := _COLLECTIVE.search(line):
+            yield from _read(line, *found.groups(), name, times)
+        if loop := _LOOP.search(line):
+            trips = _trips(computations[loop[1]])
+            yield from _walk(computations, loop[2], times * trips)
+            continue
+        for called in _CALLED.findall(line):
+            yield from _walk(computations, called, times)
+
+
+def _trips(condition: list[str]) -> int:
+    """Of a loop: XLA's condition compares the counter with a constant, if it is known."""
+    constants = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return int(constants[0]) if len(constants) == 1 else 1
+
+
+def _read(line, types, kind, start, computation, times) -> Iterator[Collective]:
+    arrays = [
+        (dtype, tuple(map(int, dims.split(","))) if dims else ())
+        for dtype, dims in _ARRAY.findall(types)
+    ]
+    if start and kind != "all-reduce":  # (what goes in, what comes out, flags).
+        arrays = arrays[1:2]
+    devices = _devices(line)
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    elif kind == "reduce-scatter":
+        dim = int(re.search(r"dimensions=\{(\d+)\}", line)[1])
+        arrays = [
+            (dtype, (*shape[:dim], shape[dim] * devices, *shape[dim + 1 :]))
+            for dtype, shape in arrays
+        ]
+    op_name = re.search(r'op_name="([^"]*)"', line)
+    for dtype, shape in arrays:
+        yield Collective(
+            kind, dtype, shape, devices, times, op_name[1] if op_name else ""
+        )
+
+
+def _devices(line: str) -> int:
+    """How many share: of groups listed, given as [groups, size], or by axes of a mesh."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\].*? \{('.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    return 2  # A permutation sends from one to another.

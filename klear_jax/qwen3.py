@@ -23,7 +23,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from klear_jax.attention import attention
 from klear_jax.errors import InputError
-from klear_jax.sharding import Layout, constrain, shard_index, sum_over_tokens
+from klear_jax.sharding import (
+    Layout,
+    constrain,
+    exchange_tokens,
+    shard_index,
+    sum_over_tokens,
+)
 
 Params = dict[str, Any]
 
@@ -474,10 +480,12 @@ def _look_up_fwd(embed_VD, tokens_BT, dtype, layout):
 
 
 def _look_up_bwd(dtype, layout, kept, dx_BTD):
-    """The gradient is summed and split as that of `project`."""
+    """The gradient is summed and split as that of `project`; here the devices tell each other
+    their tokens, which are fewer than the vocabulary."""
     embed_VD, tokens_BT = kept
 
     def local(tokens_BT, dx_BTD):
+        dx_BTD, tokens_BT = exchange_tokens(dx_BTD, tokens_BT, layout, "embed")
         rows = len(embed_VD) // (1 if layout is None else layout.shards("vocab"))
         row_BT = tokens_BT - shard_index(layout, "vocab") * rows
         row_BT = jnp.where((row_BT >= 0) & (row_BT < rows), row_BT, rows)
@@ -485,7 +493,9 @@ def _look_up_bwd(dtype, layout, kept, dx_BTD):
         return zeros_VD.at[row_BT].add(dx_BTD.astype(embed_VD.dtype), mode="drop")
 
     in_axes = [("batch", "seq"), ("batch", "seq", None)]
-    add_up = sum_over_tokens(local, layout, in_axes, ("vocab", "embed"))
+    add_up = sum_over_tokens(
+        local, layout, in_axes, ("vocab", "embed"), summed_over=["embed"]
+    )
     return add_up(tokens_BT, dx_BTD), None
 
 

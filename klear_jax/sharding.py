@@ -145,6 +145,7 @@ def sum_over_tokens(
     layout: Layout | None,
     in_axes: Sequence[tuple[str | None, ...]],
     out_axes: tuple[str | None, ...],
+    summed_over: Sequence[str] = (),
 ) -> Callable[..., jax.Array]:
     """The sum of `fn` over all devices that hold other tokens, of which each device keeps
     its part: a reduce-scatter over fsdp, and what is left is reduced over data.
@@ -153,11 +154,13 @@ def sum_over_tokens(
         fn: sees this device's part of its arguments; its result, a sum over tokens, is whole
             in the axes that lie on the batch's mesh axes.
         in_axes, out_axes: logical axes, as in `map_shards`.
+        summed_over: logical axes in which `fn` has summed already, and returns a part.
     """
     if layout is None:
         return fn
     tokens = {axis for axes in in_axes for axis in axes} & {"batch", "seq"}
     over = {name for axis in tokens for name in layout.rules[axis]}
+    over -= {name for axis in summed_over for name in layout.rules[axis]}
 
     def local(*args):
         x, left = fn(*args), set(over)
@@ -169,6 +172,20 @@ def sum_over_tokens(
         return jax.lax.psum(x, tuple(sorted(left))) if left else x
 
     return map_shards(local, layout, in_axes, out_axes)
+
+
+def exchange_tokens(
+    x_BTD: jax.Array, ids_BT: jax.Array, layout: Layout | None, axis: str
+) -> tuple[jax.Array, jax.Array]:
+    """Inside `map_shards`: my tokens, whole in the last axis -> my part of the last axis, of
+    all tokens of the devices that this logical axis lies on; and these tokens' ids."""
+    if layout is None or not layout.rules[axis]:
+        return x_BTD, ids_BT
+    names = layout.rules[axis]
+    return (
+        jax.lax.all_to_all(x_BTD, names, split_axis=2, concat_axis=0, tiled=True),
+        jax.lax.all_gather(ids_BT, names, tiled=True),
+    )
 
 
 def shard_index(layout: Layout | None, axis: str) -> jax.Array | int:

@@ -1,16 +1,35 @@
 """Programs compiled for chips that are not there; all but the first test need libtpu."""
 
+import collections
+import dataclasses
+import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 from test_configs import parse
 
-from klear_jax import aot, decoding, qwen3, sampler
+from klear_jax import aot, decoding, gppo, optim, qwen3, sampler, steps
 from klear_jax.errors import InputError
 from klear_jax.sampling import Sampling
-from klear_jax.sharding import Layout, make_mesh
+from klear_jax.sharding import Layout, MeshConfig, make_mesh, map_shards
+
+SMALL = qwen3.Config(
+    vocab_size=8192,
+    width=1024,  # 8 parts of 128, which TPUs do not split: they would sum the whole.
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_width=1024,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tied=False,
+    qk_norm=True,
+    max_positions=8192,
+)
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -35,20 +54,6 @@ def test_the_sampler_of_a_pod_copies_neither_cache_nor_weights():
     """A small model with the 8B's heads and axes: what is donated is updated in place, and
     attention is the kernel."""
     _, c = parse("gppo_8b")
-    model = qwen3.Config(
-        vocab_size=1024,
-        width=512,
-        num_layers=3,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=128,
-        mlp_width=1024,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        tied=False,
-        qk_norm=True,
-        max_positions=8192,
-    )
     devices = aot.devices("v5e:4x4")
     layout = Layout(make_mesh(c.mesh, devices), c.mesh.rules)
     engine = sampler.Engine(
@@ -62,7 +67,7 @@ def test_the_sampler_of_a_pod_copies_neither_cache_nor_weights():
     programs = decoding.trace_programs(
         shape,
         Sampling(),
-        config=model,
+        config=SMALL,
         layout=layout,
         dtype=jnp.bfloat16,
         kernel="tpu",
@@ -77,3 +82,87 @@ def test_the_sampler_of_a_pod_copies_neither_cache_nor_weights():
         assert memory.temp < 0.1 * pool_bytes, name
     for name in ("prefill", "decode"):
         assert "ragged_paged_attention_kernel" in compiled[name].as_text(), name
+
+
+def test_collectives_are_read_with_their_loops():
+    """Of a program for the CPU: five rounds of a gather and of a sum that is split."""
+    rules = {"batch": ("fsdp",), "rows": ("fsdp",), "heads": ("tensor",)}
+    layout = Layout(make_mesh(MeshConfig(1, 4, 2, rules)), rules)
+
+    def local(x_BD, w_RD):
+        def body(_, x_BD):
+            whole_RD = jax.lax.all_gather(w_RD * x_BD[:1], "fsdp", tiled=True)
+            total_RD = jax.lax.psum_scatter(whole_RD, "fsdp", tiled=True)
+            return x_BD + jax.lax.psum(total_RD.sum(), ("fsdp", "tensor"))
+
+        return jax.lax.fori_loop(0, 5, body, x_BD)
+
+    fn = map_shards(local, layout, [("batch", None), ("rows", None)], ("batch", None))
+    x, w = jnp.ones((8, 16)), jnp.ones((32, 16))
+    found = aot.collectives(jax.jit(fn).lower(x, w).compile().as_text())
+    by_kind = {one.kind: one for one in found}
+    assert {kind: one.shape for kind, one in by_kind.items()} == {
+        "all-gather": (32, 16),
+        "reduce-scatter": (32, 16),
+        "all-reduce": (),
+    }
+    assert {one.times for one in found} == {5}
+    assert {one.dtype for one in found} == {"f32"}
+    assert [by_kind[k].devices for k in ("all-gather", "reduce-scatter")] == [4, 4]
+    assert by_kind["all-reduce"].devices == 8
+    assert by_kind["all-gather"].sent_bytes == 5 * 32 * 16 * 4 * 3 / 4
+    assert by_kind["all-reduce"].sent_bytes == 5 * 4 * 2 * 7 / 8
+
+
+@functools.cache
+def compile_update(fsdp, tensor):
+    _, c = parse("gppo_8b")
+    mesh = dataclasses.replace(c.mesh, data=1, fsdp=fsdp, tensor=tensor)
+    c = dataclasses.replace(c, model=SMALL, mesh=mesh, micro_rows=fsdp)
+    layout = Layout(make_mesh(c.mesh, aot.devices("v5e:4x4")), c.mesh.rules)
+    where = qwen3.params_shardings(SMALL, layout)
+    params = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), qwen3.param_table(SMALL)
+    )
+    tx = optim.optimizer(c.optim)
+    state = jax.eval_shape(functools.partial(steps.init_state, tx=tx), params)
+    update = steps.compile_train_step(
+        gppo.train_step(c, layout), layout, steps.state_shardings(state, where, layout)
+    )
+    shape = 2, c.micro_rows, 1024
+    names = "tokens positions segment_ids".split()
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    names = "old_logp advantage weight positive_weight".split()
+    batch |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
+    number, rate = (jax.ShapeDtypeStruct((), d) for d in (jnp.int32, jnp.float32))
+    return update.lower(state, batch, number, rate).compile()
+
+
+@needs_libtpu
+def test_the_update_moves_weights_in_bfloat16_and_their_gradients_in_float32():
+    """Each gradient is summed straight to the shard that a chip keeps, never as a whole, and
+    no matrix is gathered in float32."""
+    fsdp, tensor = 8, 2
+    found = aot.collectives(compile_update(fsdp, tensor).as_text())
+    matrices = collections.Counter()
+    for param in jax.tree.leaves(qwen3.param_table(SMALL)):
+        if "embed" in param.axes:
+            size = math.prod(param.shape) // tensor
+            matrices[size // (SMALL.num_layers if "layers" in param.axes else 1)] += 1
+    over_fsdp = [one for one in found if one.devices == fsdp]
+    smallest = min(matrices)
+    for one in over_fsdp:
+        size = math.prod(one.shape)
+        if size < smallest:
+            continue
+        if one.kind == "all-gather":
+            assert one.dtype == "bf16", one
+        else:
+            assert (one.kind, one.dtype) in {
+                ("reduce-scatter", "f32"),
+                ("all-to-all", "bf16"),  # The stream's gradient, for the embedding's.
+            }, one
+    sums = [one for one in over_fsdp if one.kind == "reduce-scatter"]
+    layers = [one for one in sums if one.times == SMALL.num_layers]
+    assert len(layers) == 7, layers  # wq, wk, wv, wo, and three of the MLP.
+    assert "splash" in compile_update(fsdp, tensor).as_text()
