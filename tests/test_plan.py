@@ -1,0 +1,80 @@
+"""What a run needs, on a mesh of this CPU; its chips of TPUs are in test_aot."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from test_configs import parse
+
+from klear_jax import plan
+from klear_jax.errors import InputError
+from klear_jax.sharding import Layout, make_mesh
+
+SMALL_CHIP = plan.Chip(hbm_gib=0.001, flops=1e12, hbm_bytes=1e12, link_bytes=1e9)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    task, c = parse("gppo_tiny")
+    c = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, fsdp=4, tensor=2))
+    layout = Layout(make_mesh(c.mesh, plan.find_devices("cpu:8")), c.mesh.rules)
+    traced = plan.trace(task, c, layout)
+    programs = {name: plan.compile_program(one) for name, one in traced.items()}
+    return task, c, layout, programs
+
+
+def test_a_run_is_planned_with_all_that_is_alive_beside_each_program(compiled):
+    task, c, layout, programs = compiled
+    assert list(programs) == [
+        *("update", "score", "reshard", "prefill", "copy_pages", "decode"),
+    ]
+    found = plan.make_plan(task, c, layout, programs, None)
+    state, needed = found["train_state_bytes"], found["needed_bytes"]
+    batch = 7 * 4 * 64 // 4 * c.rollout.row_tokens  # 7 arrays of 64 rows, over 4.
+    arguments = programs["update"].memory.arguments
+    assert arguments == pytest.approx(state + batch, rel=0.02)
+    assert needed["update"] == programs["update"].memory.peak
+    assert needed["decode"] == programs["decode"].memory.peak + state
+    assert needed["score"] == programs["score"].memory.peak + state * 2 / 3
+    update = found["update"]
+    assert update["must_send_bytes"] < update["sends_bytes"]
+    parameters = 500_000
+    assert update["flops"] * 8 == pytest.approx(
+        6 * parameters * 64 * c.rollout.row_tokens, rel=0.5
+    )
+    assert found["does_not_fit"] == ""
+    json.dumps(found)
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(compiled):
+    found = plan.make_plan(*compiled, SMALL_CHIP)
+    worst = max(found["needed_bytes"], key=found["needed_bytes"].get)
+    assert found["does_not_fit"].startswith(f"{worst} needs 0.0 GiB a chip")
+    assert "lower sampler.pool_tokens" in found["does_not_fit"]
+    assert found["sampler"]["cache_tokens_that_fit"] == 0
+    large = dataclasses.replace(SMALL_CHIP, hbm_gib=95)
+    found = plan.make_plan(*compiled, large)
+    fits = found["sampler"]
+    assert found["does_not_fit"] == ""
+    # With the cache made so large, all is used but the headroom.
+    used = (
+        found["needed_bytes"]["decode"]
+        + (fits["cache_tokens_that_fit"] - fits["cache_tokens"])
+        * fits["cache_bytes_a_token"]
+        / 8
+    )
+    assert used == pytest.approx(0.9 * 95 * 2**30, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("cpu:many", "say cpu:8 for 8 devices"),
+        ("cpu:64", "has 8 CPU devices: set JAX_NUM_CPU_DEVICES=64"),
+    ],
+)
+def test_bad_topologies_are_one_sentence(topology, message):
+    assert len(jax.devices()) == 8
+    with pytest.raises(InputError, match=message):
+        plan.find_devices(topology)
