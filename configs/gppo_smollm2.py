@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rewards.sources = ml_collections.ConfigDict()  # Rows do not name theirs.
     c.minibatch_prompts = 2  # Up to 4 updates a step.
     c.micro_rows = 8  # A group, so that an odd one leaves no rows empty.
-    c.num_steps = 60  # Of 30 to 75 s each, by how many groups are used.
+    c.num_steps = 48  # Of 30 to 90 s each, by how many groups are used.
 
     c.optim.peak_lr = 5e-6  # At 1e-5, ratios came to 3.8 within four steps.
     c.optim.end_lr = 5e-6  # Constant after the warm-up.

