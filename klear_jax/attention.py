@@ -11,7 +11,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.gpu import attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
     ragged_paged_attention,
@@ -119,6 +118,9 @@ def flash_attention(
     Args:
         interpret: on any device, slowly; for tests.
     """
+    # Here, since jax 0.12 warns that it will go, in favour of the package tokamax.
+    from jax.experimental.pallas.ops.gpu import attention as flash
+
     _, T, N, H = q_BTNH.shape
     pad = -T % FLASH_BLOCK
 

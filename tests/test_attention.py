@@ -121,6 +121,7 @@ def test_padding_is_harmless():
         np.testing.assert_array_equal(np.where(real, 0, got), 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*pallas.ops.gpu.attention is deprecated")
 @pytest.mark.parametrize("kernel", ["splash_attention", "flash_attention"])
 @pytest.mark.parametrize("T, head_dim", [(37, 8), (300, 128)])
 def test_the_kernels_are_the_same_forward_and_backward(kernel, T, head_dim):
