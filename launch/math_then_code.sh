@@ -39,11 +39,8 @@ python -m klear_jax.train --config=configs/gppo_code_tiny.py --workdir="$runs/co
   --config.init_from="$runs/math" --config.seed="$seed"
 evaluate code "$runs/code"
 
-for stage in sft math code; do
-  for kind in math code; do
-    python -c 'import json, sys
-x = json.load(open(sys.argv[3]))
-print(f"after {sys.argv[1]:4}  {sys.argv[2]}  {x["accuracy"]:.1%}")' \
-      $stage $kind "$runs/${kind}_$stage.json"
-  done
-done
+python -c 'import json, sys
+for stage in ("sft", "math", "code"):
+    for kind in ("math", "code"):
+        accuracy = json.load(open(f"{sys.argv[1]}/{kind}_{stage}.json"))["accuracy"]
+        print(f"after {stage:4}  {kind}  {accuracy:.1%}")' "$runs"
