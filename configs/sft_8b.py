@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.model = sections.model(qwen3.PRESETS["qwen3_8b"])  # [P] 8.19e9 parameters.
     c.dtype = "bfloat16"  # [ours] Of activations; parameters and Adam are float32.
+    # The backward pass keeps the stream between layers; others: sft_tiny.
     c.remat = "full"  # [ours]
     c.mesh = sections.mesh(
         data=1, fsdp=-1, tensor=4

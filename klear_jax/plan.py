@@ -23,6 +23,7 @@ from etils import epath
 
 from klear_jax import aot, config, decoding, gppo, optim, qwen3, sampler, sft, steps
 from klear_jax.errors import InputError
+from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, make_mesh
 from klear_jax.train import parse
 
@@ -36,15 +37,14 @@ class Chip:
 
     hbm_gib: float
     flops: float  # bfloat16, a second.
-    hbm_bytes: float  # A second.
     link_bytes: float  # A second, to all other chips of a slice together.
 
 
 CHIPS = {
-    "v4": Chip(32, 275e12, 1.228e12, 300e9),
-    "v5e": Chip(16, 197e12, 0.819e12, 200e9),
-    "v5p": Chip(95, 459e12, 2.765e12, 600e9),
-    "v6e": Chip(32, 918e12, 1.640e12, 448e9),
+    "v4": Chip(32, 275e12, 300e9),
+    "v5e": Chip(16, 197e12, 200e9),
+    "v5p": Chip(95, 459e12, 600e9),
+    "v6e": Chip(32, 918e12, 448e9),
 }
 
 
@@ -147,13 +147,11 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
         batch = abstract_batch(
             (c.batch_rows // c.micro_rows, c.micro_rows, c.data.row_tokens), ["weight"]
         )
-        uses = [(how, c.evaluation.row_tokens) for how in c.evaluation.samplings()]
     else:
         rows = c.micro_rows, c.rollout.row_tokens
         floats = ["old_logp", "advantage", "weight", "positive_weight"]
         micro = gppo.num_micro(c, c.minibatch_prompts)
         batch = abstract_batch((micro, *rows), floats)
-        uses = gppo.sampler_uses(c)
     update = steps.compile_train_step(module.train_step(c, layout), layout, at)
     programs = {"update": update.trace(state, batch, number, rate)}
     if task == "gppo":
@@ -165,7 +163,7 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
         programs["score"] = score.trace(state.params, to_score, number)
     platform = layout.mesh.devices.flat[0].platform
     kernel = "tpu" if platform == "tpu" else "xla"
-    for number, (how, row_tokens) in enumerate(uses):
+    for i, (how, row_tokens) in enumerate(sampler_uses(c)):
         shape = sampler.program_shape(c.sampler, layout, row_tokens, kernel=kernel)
         found = decoding.trace_programs(
             shape,
@@ -176,9 +174,9 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
             kernel=kernel,
             platform=platform,
         )
-        if number:  # What only another row or way to sample changes.
+        if i:  # What only another row or way to sample changes.
             found = {name: found[name] for name in ("prefill", "decode")}
-        suffix = f" {number + 1}" if number else ""
+        suffix = f" {i + 1}" if i else ""
         programs |= {name + suffix: traced for name, traced in found.items()}
     return programs
 
@@ -324,7 +322,7 @@ def cache_that_fits(
     itemsize = jnp.dtype(c.dtype).itemsize
     token = 2 * m.num_layers * m.num_kv_heads * m.head_dim * itemsize / tensor
     replicas = layout.shards("batch")
-    row = max(row for _, row in uses(c))
+    row = max(row for _, row in sampler_uses(c))
     set_tokens = c.sampler.pool_tokens or c.sampler.num_slots * row
     decode = max(one.memory.peak for n, one in programs.items() if "decode" in n)
     free = room - state - (decode - set_tokens / replicas * token)
@@ -338,7 +336,8 @@ def cache_that_fits(
     }
 
 
-def uses(c: Any) -> list[Any]:
+def sampler_uses(c: Any) -> list[tuple[Sampling, int]]:
+    """How a run samples, and up to how many tokens a row; SFT samples to evaluate."""
     if isinstance(c, gppo.GppoConfig):
         return gppo.sampler_uses(c)
     return [(how, c.evaluation.row_tokens) for how in c.evaluation.samplings()]

@@ -237,7 +237,14 @@ def params_shardings(config: Config, layout: Layout) -> Params:
                 )
         return layout.sharding(*param.axes)
 
-    return jax.tree.map(sharding, param_table(config))
+    shardings = jax.tree.map(sharding, param_table(config))
+    beyond = {*layout.rules["embed"]} - {*layout.rules["batch"], *layout.rules["seq"]}
+    if beyond:
+        raise InputError(
+            f"mesh.rules.embed names {sorted(beyond)}, which must be in mesh.rules.batch "
+            "too: a gradient is split as it is summed over the batch"
+        )
+    return shardings
 
 
 def head_weight(params: Params) -> jax.Array:

@@ -11,24 +11,19 @@ import jax.numpy as jnp
 import pytest
 from test_configs import parse
 
-from klear_jax import aot, decoding, gppo, optim, qwen3, sampler, steps
+from klear_jax import aot, decoding, plan, qwen3, sampler
 from klear_jax.errors import InputError
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh, map_shards
 
-SMALL = qwen3.Config(
+SMALL = dataclasses.replace(
+    qwen3.PRESETS["qwen3_8b"],
     vocab_size=8192,
     width=1024,  # 8 parts of 128, which TPUs do not split: they would sum the whole.
     num_layers=3,
     num_heads=8,
     num_kv_heads=4,
-    head_dim=128,
     mlp_width=1024,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    tied=False,
-    qk_norm=True,
-    max_positions=8192,
 )
 
 needs_libtpu = pytest.mark.skipif(
@@ -116,26 +111,13 @@ def test_collectives_are_read_with_their_loops():
 
 @functools.cache
 def compile_update(fsdp, tensor):
-    _, c = parse("gppo_8b")
+    task, c = parse("gppo_8b")
     mesh = dataclasses.replace(c.mesh, data=1, fsdp=fsdp, tensor=tensor)
-    c = dataclasses.replace(c, model=SMALL, mesh=mesh, micro_rows=fsdp)
+    short = dataclasses.replace(c.rollout, max_prompt_tokens=512, max_new_tokens=512)
+    sizes = {"model": SMALL, "mesh": mesh, "micro_rows": fsdp, "rollout": short}
+    c = dataclasses.replace(c, **sizes)
     layout = Layout(make_mesh(c.mesh, aot.devices("v5e:4x4")), c.mesh.rules)
-    where = qwen3.params_shardings(SMALL, layout)
-    params = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), qwen3.param_table(SMALL)
-    )
-    tx = optim.optimizer(c.optim)
-    state = jax.eval_shape(functools.partial(steps.init_state, tx=tx), params)
-    update = steps.compile_train_step(
-        gppo.train_step(c, layout), layout, steps.state_shardings(state, where, layout)
-    )
-    shape = 2, c.micro_rows, 1024
-    names = "tokens positions segment_ids".split()
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    names = "old_logp advantage weight positive_weight".split()
-    batch |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
-    number, rate = (jax.ShapeDtypeStruct((), d) for d in (jnp.int32, jnp.float32))
-    return update.lower(state, batch, number, rate).compile()
+    return plan.trace(task, c, layout)["update"].lower().compile()
 
 
 @needs_libtpu

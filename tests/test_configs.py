@@ -534,6 +534,10 @@ def test_values_out_of_range_are_refused(name, changes, says):
             "k_proj.weight: its 'kv_heads' axis of 2 cannot be",
         ),
         (
+            {"mesh.rules.batch": ("data",)},
+            "mesh.rules.embed names ['fsdp'], which must be in mesh.rules.batch too",
+        ),
+        (
             {"mesh.rules.embed": ("tensor",)},
             "mesh.rules puts two of the axes",
         ),

@@ -11,7 +11,7 @@ from klear_jax import plan
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout, make_mesh
 
-SMALL_CHIP = plan.Chip(hbm_gib=0.001, flops=1e12, hbm_bytes=1e12, link_bytes=1e9)
+SMALL_CHIP = plan.Chip(hbm_gib=0.001, flops=1e12, link_bytes=1e9)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ own. The median of several calls, after two that compile.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -75,7 +76,8 @@ def numbers(args) -> None:
     from klear_jax import logprobs, qwen3, sampler, steps
 
     jax.config.update("jax_default_matmul_precision", "highest")  # Of float32.
-    config = qwen3.Config(
+    config = dataclasses.replace(
+        qwen3.PRESETS["qwen3_0.6b"],
         vocab_size=1024,
         width=256,
         num_layers=4,
@@ -83,11 +85,7 @@ def numbers(args) -> None:
         num_kv_heads=2,
         head_dim=64,
         mlp_width=512,
-        rope_theta=1e6,
-        norm_eps=1e-6,
         tied=False,
-        qk_norm=True,
-        max_positions=4096,
     )
     dtype = jnp.dtype(args.dtype)
     params = qwen3.init_params(config, jax.random.key(0))
