@@ -3,7 +3,6 @@
 python -m klear_jax.export --workdir=runs/gppo_tiny --output=DIR [--dtype=bfloat16]
 """
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 
@@ -33,7 +32,7 @@ def export(workdir: str, output: str, dtype: jnp.dtype) -> None:
         raise InputError(f"{output} already holds a model; name a new folder")
     tokenizer = tokens.load(checkpoint.model_folder(workdir))
     params, model = checkpoint.load_model(workdir)
-    hf_weights.save(output, jax.tree.map(lambda x: x.astype(dtype), params), model)
+    hf_weights.save(output, params, model, dtype=dtype)
     tokenizer.save(output)
 
 

@@ -1,13 +1,15 @@
 """Hugging Face folders (config.json + safetensors) in and out.
 
 The parameter table of `qwen3` says which tensor is which of ours; what a folder has too
-much, too little or in another shape is one error that lists it.
+much, too little or in another shape is one error that lists it. A tensor at a time is in
+memory beside the parameters themselves.
 """
 
-import contextlib
+import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,26 +17,30 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from klear_jax import qwen3
 from klear_jax.errors import InputError
+from klear_jax.sharding import Layout
 
 SHARD_BYTES = 5_000_000_000  # The most a file of a saved model holds.
 INDEX = "model.safetensors.index.json"
+TIED_ROWS = 1 << 14  # Compared at once.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def load(
-    path: str | epath.Path, *, dtype: jnp.dtype
+    path: str | epath.Path, *, dtype: jnp.dtype, layout: Layout | None = None
 ) -> tuple[qwen3.Params, qwen3.Config]:
     """Reads a model folder.
 
     Args:
         path: a folder with config.json and model.safetensors, or its shards and index.
         dtype: of the parameters returned, whatever the file's.
+        layout: where to place them: each process reads only what lies on its devices. None:
+            in host memory.
 
     Returns:
-        (params, config): numpy arrays in host memory, and the architecture.
+        (params, config): numpy arrays, or placed ones, and the architecture.
 
     Raises:
         InputError: a file is missing or damaged, the architecture is not supported, or
@@ -42,47 +48,65 @@ def load(
     """
     path = epath.Path(path)
     config = read_config(path)
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(path, stack)
-        _check_names(path, tensors, config)
-        params = jax.tree.map(
-            lambda param: _stack(param, tensors, dtype), qwen3.param_table(config)
-        )
-        if config.tied and "lm_head.weight" in tensors:
-            head = _read(tensors, "lm_head.weight").astype(dtype)
-            if not np.array_equal(head, params["embed"]):
-                raise InputError(
-                    f"{path}: config.json ties lm_head.weight to the embedding, but they differ"
-                )
-    return params, config
+    table = qwen3.param_table(config)
+    files = _find_tensors(path)
+    _check_names(path, files, config)
+    if config.tied and "lm_head.weight" in files:
+        _check_tied(path, files, table["embed"])
+
+    def read(param: qwen3.Param, index: Sequence[slice]) -> np.ndarray:
+        return _read_part(param, files, index, dtype)
+
+    if layout is None:
+        return jax.tree.map(
+            lambda p: read(p, [slice(None)] * len(p.shape)), table
+        ), config
+    shardings = qwen3.params_shardings(config, layout)
+    return jax.tree.map(
+        lambda param, at: jax.make_array_from_callback(
+            param.shape, at, functools.partial(read, param)
+        ),
+        table,
+        shardings,
+    ), config
 
 
-def save(path: str | epath.Path, params: qwen3.Params, config: qwen3.Config) -> None:
-    """Writes a model folder that `load` and transformers read, in the parameters' dtype."""
+def save(
+    path: str | epath.Path,
+    params: qwen3.Params,
+    config: qwen3.Config,
+    *,
+    dtype: jnp.dtype | None = None,
+) -> None:
+    """Writes a model folder that `load` and transformers read.
+
+    Args:
+        params: numpy arrays, or such on the devices of this process.
+        dtype: of the file; None: that of the parameters.
+    """
     path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     for old in path.glob("model*.safetensors*"):
         old.unlink()  # An index or shard of another model would be read with this one.
-    shards: list[dict[str, np.ndarray]] = [{}]
+    dtype = jnp.dtype(dtype or params["embed"].dtype)
+    shards: list[list[_Tensor]] = [[]]
     size = total = 0
-    for name, tensor in _hf_tensors(params, config):
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
+    for tensor in _hf_tensors(params, config):
+        nbytes = math.prod(tensor.shape) * dtype.itemsize
+        if size and size + nbytes > SHARD_BYTES:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    dtype = str(params["embed"].dtype)
-    (path / "config.json").write_text(
-        json.dumps(_hf_config(config, dtype), indent=2) + "\n"
-    )
+        shards[-1].append(tensor)
+        size, total = size + nbytes, total + nbytes
+    write_config(path, config, dtype.name)
     if len(shards) == 1:
-        save_file(shards[0], path / "model.safetensors", {"format": "pt"})
+        _write_tensors(path / "model.safetensors", shards[0], dtype)
         return
     weight_map = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, path / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+        _write_tensors(path / file, shard, dtype)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -236,8 +260,8 @@ def _hf_config(config: qwen3.Config, dtype: str) -> dict[str, Any]:
     }
 
 
-def _open_tensors(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file it lies in."""
+def _find_tensors(path: epath.Path) -> dict[str, epath.Path]:
+    """Tensor name -> the file it lies in."""
     if (path / INDEX).exists():
         try:
             names = read_json(path / INDEX)["weight_map"].values()
@@ -250,16 +274,21 @@ def _open_tensors(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, An
             )
     else:
         files = ["model.safetensors"]
-    tensors = {}
+    found = {}
     for file in files:
         if not (path / file).exists():
             raise InputError(f"{path / file} does not exist")
-        try:
-            opened = stack.enter_context(safe_open(path / file, framework="numpy"))
-        except SafetensorError as error:
-            raise InputError(f"{path / file} is damaged or cut off: {error}") from None
-        tensors |= dict.fromkeys(opened.keys(), opened)
-    return tensors
+        with _open(path / file) as opened:
+            found |= dict.fromkeys(opened.keys(), path / file)
+    return found
+
+
+def _open(file: epath.Path) -> Any:
+    """Only for as long as it takes: what is open is mapped, and counts as memory."""
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged or cut off: {error}") from None
 
 
 def _layer_names(param: qwen3.Param) -> list[str]:
@@ -269,60 +298,151 @@ def _layer_names(param: qwen3.Param) -> list[str]:
     return [param.hf_name.format(i) for i in range(param.shape[0])]
 
 
-def _check_names(path, tensors, config):
+def _check_names(path, files, config):
     """Lists every missing, unknown and misshapen tensor in one error."""
     expected = {}
     for param in jax.tree.leaves(qwen3.param_table(config)):
         expected |= dict.fromkeys(_layer_names(param), param.hf_shape)
-    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
     if config.tied:
         ignored.add("lm_head.weight")
-    problems = [f"{name} is missing" for name in sorted(set(expected) - set(tensors))]
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
     problems += [
-        f"{name} is unknown" for name in sorted(set(tensors) - set(expected) - ignored)
+        f"{name} is unknown" for name in sorted(set(files) - set(expected) - ignored)
     ]
-    for name in sorted(set(expected) & set(tensors)):
-        shape = tuple(tensors[name].get_slice(name).get_shape())
-        if shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, not {expected[name]}")
+    shapes = {}
+    for file in {files[name] for name in set(expected) & set(files)}:
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+    for name in sorted(set(expected) & set(files)):
+        if shapes[name] != expected[name]:
+            problems.append(f"{name} has shape {shapes[name]}, not {expected[name]}")
     if problems:
         raise InputError(
             f"{path} does not hold the model of its config.json: {problems}"
         )
 
 
-def _read(tensors, name):
-    try:
-        return tensors[name].get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"tensor {name} cannot be read: {error}") from None
+def _check_tied(
+    path: epath.Path, files: Mapping[str, epath.Path], embed: qwen3.Param
+) -> None:
+    """Raises an InputError if a head that is tied to the embedding has other numbers."""
+    for start in range(0, embed.shape[0], TIED_ROWS):
+        stop = min(start + TIED_ROWS, embed.shape[0])
+        rows = [slice(start, stop), slice(None)]
+        parts = (_read(files, name, rows) for name in ("lm_head.weight", embed.hf_name))
+        if not np.array_equal(*parts):
+            raise InputError(
+                f"{path}: config.json ties lm_head.weight to the embedding, but they differ"
+            )
 
 
-def _stack(
-    param: qwen3.Param, tensors: Mapping[str, Any], dtype: jnp.dtype
+def _read(
+    files: Mapping[str, epath.Path], name: str, index: Sequence[slice]
 ) -> np.ndarray:
-    """One parameter, from its tensor or from its layers' tensors."""
-    ours = np.empty(param.shape, dtype)
-    for i, name in enumerate(_layer_names(param)):
-        target = ours[i] if "{}" in param.hf_name else ours
-        target[...] = (
-            _read(tensors, name).reshape(param.hf_dims).transpose(param.hf_perm)
-        )
+    """A part of a tensor."""
+    with _open(files[name]) as opened:
+        try:
+            return opened.get_slice(name)[tuple(index)]
+        except SafetensorError as error:
+            raise InputError(f"tensor {name} cannot be read: {error}") from None
+
+
+def _read_part(
+    param: qwen3.Param,
+    files: Mapping[str, epath.Path],
+    index: Sequence[slice],
+    dtype: jnp.dtype,
+) -> np.ndarray:
+    """A part of one of our parameters, of its tensor or of its layers' tensors."""
+    whole = [part.indices(size) for part, size in zip(index, param.shape, strict=True)]
+    ours = np.empty([stop - start for start, stop, _ in whole], dtype)
+    names = _layer_names(param)
+    if "{}" not in param.hf_name:
+        ours[...] = _read_layer(param, files, names[0], whole)
+        return ours
+    for i, layer in enumerate(range(*whole[0])):
+        ours[i] = _read_layer(param, files, names[layer], whole[1:])
     return ours
 
 
-def _hf_tensors(
-    params: qwen3.Params, config: qwen3.Config
-) -> Iterator[tuple[str, np.ndarray]]:
+def _read_layer(
+    param: qwen3.Param,
+    files: Mapping[str, epath.Path],
+    name: str,
+    index: Sequence[tuple[int, int, int]],
+) -> np.ndarray:
+    """A part of a tensor in our axes, given as (start, stop, step) of each of them.
+
+    An axis of the file may hold several of ours. It is read where the first of these
+    begins and ends, and cut in the others.
+    """
+    inverse = np.argsort(param.hf_perm)
+    bounds = [index[i][:2] for i in inverse]  # Of `hf_dims`.
+    sizes, read, left = list(param.hf_dims), [], list(bounds)
+    dims = []
+    for size in param.hf_shape:
+        group = [sizes.pop(0)]
+        while math.prod(group) < size:
+            group.append(sizes.pop(0))
+        (start, stop), inner = left[0], math.prod(group[1:])
+        read.append(slice(start * inner, stop * inner))
+        dims += [stop - start, *group[1:]]
+        left = left[len(group) :]
+    part = _read(files, name, read).reshape(dims)
+    cut = [
+        slice(None) if stop - start == size else slice(start, stop)
+        for (start, stop), size in zip(bounds, dims, strict=True)
+    ]
+    return part[tuple(cut)].transpose(param.hf_perm)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One to be written; its numbers are fetched when it is its turn."""
+
+    name: str
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+
+def _hf_tensors(params: qwen3.Params, config: qwen3.Config) -> Iterator[_Tensor]:
     """Every tensor under its Hugging Face name, in the order of the table."""
+
+    def fetch(ours, layer, param):
+        one = np.asarray(ours if layer is None else ours[layer])
+        return one.transpose(np.argsort(param.hf_perm)).reshape(param.hf_shape)
+
     table = qwen3.param_table(config)
     for param, ours in zip(
         jax.tree.leaves(table), jax.tree.leaves(params), strict=True
     ):
-        inverse = np.argsort(param.hf_perm)
         for i, name in enumerate(_layer_names(param)):
-            one = np.asarray(ours[i] if "{}" in param.hf_name else ours)
-            yield (
-                name,
-                np.ascontiguousarray(one.transpose(inverse)).reshape(param.hf_shape),
+            layer = i if "{}" in param.hf_name else None
+            yield _Tensor(
+                name, param.hf_shape, functools.partial(fetch, ours, layer, param)
             )
+
+
+def _write_tensors(
+    file: epath.Path, tensors: Sequence[_Tensor], dtype: jnp.dtype
+) -> None:
+    """A safetensors file: the size of the header (8 bytes), the header (JSON), the numbers.
+    The library's own writer wants all of them in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {
+            "dtype": DTYPES[dtype.name],
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # The numbers begin at a multiple of 8.
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            numbers = np.ascontiguousarray(tensor.fetch().astype(dtype))
+            out.write(numbers.reshape(-1).view(np.uint8).data)

@@ -70,7 +70,8 @@ def permute(rows, num_heads):
 def gguf_of(params):
     """The tensors of a GGUF file with these parameters, and their metadata."""
     tensors = {}
-    for name, tensor in hf_weights._hf_tensors(params, CONFIG):
+    for one in hf_weights._hf_tensors(params, CONFIG):
+        name, tensor = one.name, one.fetch()
         layer = next((part for part in name.split(".") if part.isdigit()), "")
         pattern = name.removesuffix(".weight").replace(f".{layer}.", ".{}.")
         if name.endswith(("q_proj.weight", "k_proj.weight")):
