@@ -5,7 +5,8 @@ What fits into a chip's memory, what is copied and what the devices tell each ot
 known before a pod is rented:
 
     mesh = sharding.make_mesh(config.mesh, aot.devices("v5p:4x4x4"))
-    compiled = traced.lower().compile()      # arguments: abstract, with shardings on mesh
+    # Arguments are abstract, with shardings on the mesh.
+    compiled, buffers = aot.compile_and_look(traced.lower())
     aot.memory(compiled).temp
     aot.collectives(compiled.as_text())
 """
@@ -14,7 +15,9 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -23,8 +26,9 @@ from jax.experimental import topologies
 from klear_jax.errors import InputError
 
 
-def devices(topology: str) -> list[jax.Device]:
-    """The chips of a TPU topology, such as 'v5p:4x4x4' or 'v6e:8x8', to make a mesh of.
+def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+    """The chips of a TPU topology, such as 'v5p:4x4x4' or 'v6e:8x8', to make a mesh of; of
+    several slices of it.
 
     Raises:
         InputError: there is no libtpu, or it does not know the topology.
@@ -37,7 +41,9 @@ def devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, num_slices=num_slices
+        )
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
@@ -68,6 +74,42 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         temp=found.temp_size_in_bytes,
         peak=found.peak_memory_in_bytes,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array of a compiled program, on each chip, where most memory is in use."""
+
+    name: str  # Of an argument, or of the operation that made it, as JAX says.
+    array: str  # As 'f32[36,256,3072]'.
+    bytes: int
+
+
+def compile_and_look(
+    lowered: jax.stages.Lowered,
+) -> tuple[jax.stages.Compiled, list[Buffer]]:
+    """The compiled program, and what is alive at its peak, the largest first (empty if the
+    compiler does not tell, as that of CPUs)."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        )
+        reports = list(pathlib.Path(folder).glob("*-live-range.txt"))
+        text = reports[0].read_text() if reports else ""
+    _, _, at_peak = text.partition(" (peak):\n")
+    sizes = re.findall(r"^ +([\w.-]+)\{[\d,]*\}: (\d+) bytes \(cum", at_peak, re.M)
+    made = {
+        name: (array, op_name)
+        for name, array, op_name in re.findall(
+            r'%?([\w.-]+) = \(?([a-z]+\d*\[[\d,]*\]).*?op_name="([^"]*)"',
+            compiled.as_text(),
+        )
+    }
+    buffers = []
+    for name, size in sizes:
+        array, op_name = made.get(name, ("", name))
+        buffers.append(Buffer(op_name, array, int(size)))
+    return compiled, buffers
 
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}

@@ -4,7 +4,7 @@
 
 evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
 another workdir; or, with neither, what the config starts from) as the config's section
-`evaluation` says. Prints the result as JSON, and writes it, with the share of right answers
+`evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and writes it, with the share of right answers
 of each problem, to --output: by default evaluation.json in the workdir.
 """
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from klear_jax import checkpoint, config, qwen3, rollout, sampler, tokens
+from klear_jax import checkpoint, config, hosts, qwen3, rollout, sampler, tokens
 from klear_jax.data.batches import all_prompts
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
@@ -267,15 +267,20 @@ def main(argv: list[str]) -> None:
     )
 
     path = flags.model or flags.workdir or c.init_from
+    hosts.join()
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
     with routing.make_pool(c.rewards) as pool:
         problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
-        if path:
-            params, model = checkpoint.load_model(path)
-        else:
-            params, model = qwen3.init_params(c.model, jax.random.key(c.seed)), c.model
         layout = Layout(make_mesh(c.mesh), c.mesh.rules)
-        params = put(params, qwen3.params_shardings(model, layout))
+        if path:
+            params, model = checkpoint.load_model(path, layout)
+            if c.model.yarn:  # It reaches further than it was trained.
+                far = {"yarn": c.model.yarn, "max_positions": c.model.max_positions}
+                model = dataclasses.replace(model, **far)
+        else:
+            model = c.model
+            params = qwen3.init_params(model, jax.random.key(c.seed))
+            params = put(params, qwen3.params_shardings(model, layout))
         metrics, rollouts = evaluate(
             params,
             model,
@@ -288,6 +293,8 @@ def main(argv: list[str]) -> None:
             dtype=jnp.dtype(c.dtype),
             layout=layout,
         )
+    if not hosts.first():
+        return
     print(json.dumps(metrics, indent=2))
     if output:
         metrics["per_problem"] = per_problem(problems, rollouts)

@@ -1,12 +1,13 @@
 """What a run will need, found out before the chips are rented.
 
     python -m klear_jax.plan --config=configs/gppo_8b.py --topology=v5p:4x4x4 \
-        [--json=FILE] [--config.KEY=VALUE ...]
+        [--num_slices=2] [--json=FILE] [--config.KEY=VALUE ...]
 
 Compiles every program of the run with the compiler of the real chips, which need not be
-there; nothing runs. Prints the arithmetic of a step, what lies on a chip in each phase, what
-the chips tell each other, and the least time that it can take. Exits with 1 if a phase leaves
-less than a tenth of a chip's memory free. --topology=cpu:8 plans for 8 devices of this CPU.
+there; nothing runs. Prints the arithmetic of a step, what lies on a chip in each phase and
+what the largest of it is, what the chips tell each other, and the least time that a step can
+take. Exits with 1 if a phase leaves less than a tenth of a chip's memory free.
+--topology=cpu:8 plans for 8 devices of this CPU.
 """
 
 import dataclasses
@@ -21,31 +22,27 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from klear_jax import aot, config, decoding, gppo, optim, qwen3, sampler, sft, steps
+from klear_jax import (
+    aot,
+    config,
+    decoding,
+    gppo,
+    optim,
+    qwen3,
+    roofline,
+    sampler,
+    sft,
+    steps,
+)
 from klear_jax.errors import InputError
+from klear_jax.roofline import CHIPS, Chip
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, make_mesh
 from klear_jax.train import parse
 
 GIB = 2**30
 HEADROOM = 0.1  # Of a chip's memory, for what the runtime and other programs hold.
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """As its maker says: cloud.google.com/tpu/docs."""
-
-    hbm_gib: float
-    flops: float  # bfloat16, a second.
-    link_bytes: float  # A second, to all other chips of a slice together.
-
-
-CHIPS = {
-    "v4": Chip(32, 275e12, 300e9),
-    "v5e": Chip(16, 197e12, 200e9),
-    "v5p": Chip(95, 459e12, 600e9),
-    "v6e": Chip(32, 918e12, 448e9),
-}
+PROMPT_TOKENS = 256  # Of a prompt in the mean, for the time of a step alone.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +50,7 @@ class Program:
     """A compiled program: bytes on a chip, and what the chips tell each other."""
 
     memory: aot.Memory
+    buffers: list[aot.Buffer]  # Alive at the peak.
     collectives: list[aot.Collective]
     compile_seconds: float
 
@@ -65,13 +63,17 @@ def main(argv: list[str]) -> None:
     """The command, see above."""
     texts = {
         "topology": "A TPU slice, such as v5p:4x4x4, v6e:8x8, v5e:16x16; or cpu:8.",
+        "num_slices": "So many of them; mesh.data lies over the network between them.",
         "json": "A file to write the plan to, too.",
     }
     flags = config.parse_flags(argv, __doc__, texts)
     if not flags.topology:
         raise InputError("name the chips to plan for: --topology=v5p:4x4x4")
+    slices = flags.num_slices or "1"
+    if not slices.isdecimal() or int(slices) < 1:
+        raise InputError(f"--num_slices={slices} must be a number from 1")
     task, c = parse(flags.config.to_dict())
-    devices = find_devices(flags.topology)
+    devices = find_devices(flags.topology, int(slices))
     layout = Layout(make_mesh(c.mesh, devices), c.mesh.rules)
     steps.check_micro_rows(c.micro_rows, layout)
     print("\n".join(["In a step:", *(f"  {line}" for line in arithmetic(task, c))]))
@@ -95,11 +97,13 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def find_devices(topology: str) -> list[jax.Device]:
+def find_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     """The chips of a topology, or so many devices of this CPU."""
     kind, _, count = topology.partition(":")
     if kind != "cpu":
-        return aot.devices(topology)
+        return aot.devices(topology, num_slices)
+    if num_slices > 1:
+        raise InputError("--num_slices is of TPU slices; a CPU is one")
     if not count.isdigit() or int(count) < 1:
         raise InputError(f"--topology={topology}: say cpu:8 for 8 devices of this CPU")
     if len(jax.devices("cpu")) < int(count):
@@ -155,10 +159,7 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
     update = steps.compile_train_step(module.train_step(c, layout), layout, at)
     programs = {"update": update.trace(state, batch, number, rate)}
     if task == "gppo":
-        score = jax.jit(
-            gppo.score_step(c, layout),
-            in_shardings=(at.params, steps.batch_sharding(layout), None),
-        )
+        score = steps.compile_score_step(gppo.score_step(c, layout), layout, at.params)
         to_score = abstract_batch((gppo.num_micro(c, c.rollout.max_groups), *rows))
         programs["score"] = score.trace(state.params, to_score, number)
     platform = layout.mesh.devices.flat[0].platform
@@ -190,9 +191,10 @@ def abstract_batch(shape: tuple[int, int, int], floats: list[str] = ()) -> steps
 
 def compile_program(traced: jax.stages.Traced) -> Program:
     start = time.perf_counter()
-    compiled = traced.lower().compile()
+    compiled, buffers = aot.compile_and_look(traced.lower())
     return Program(
         aot.memory(compiled),
+        buffers,
         aot.collectives(compiled.as_text()),
         time.perf_counter() - start,
     )
@@ -226,14 +228,19 @@ def make_plan(
                 "compile_seconds": round(one.compile_seconds, 1),
                 "sent_bytes": one.sent_bytes,
                 "collectives": summary(one.collectives),
+                "buffers": [dataclasses.asdict(buffer) for buffer in one.buffers[:20]],
             }
             for name, one in programs.items()
         },
         "needed_bytes": phases,
-        "update": update_roofline(task, c, layout, programs["update"], chip),
+        "update": micro_batch(task, c, layout, programs["update"], chip),
         "does_not_fit": "",
     }
     if chip:
+        plan["step_seconds"] = {
+            name: work.seconds(chip)
+            for name, work in step_work(task, c, layout).items()
+        }
         room = chip.hbm_gib * GIB * (1 - HEADROOM)
         plan["hbm_bytes"] = chip.hbm_gib * GIB
         if "decode" in programs:
@@ -269,58 +276,51 @@ def summary(collectives: list[aot.Collective]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["sent_bytes"])
 
 
-def update_roofline(
+def micro_batch(
     task: str, c: Any, layout: Layout, update: Program, chip: Chip | None
 ) -> dict[str, float]:
-    """A micro-batch of the update: operations, bytes that must be sent, least seconds.
-
-    A layer's matrices are gathered over fsdp for each pass over it (two, or three with
-    recomputation) in bfloat16, and their gradients scattered in float32. Around attention
-    and MLP, the stream is gathered over tensor before and scattered after, in each pass;
-    what is recomputed last need not be scattered.
-    """
-    m, shards = c.model, layout.mesh.shape
-    fsdp, tensor = shards["fsdp"], shards["tensor"]
+    """A micro-batch of full rows in the update: operations, bytes that must be sent, and
+    that are, and least seconds."""
     row_tokens = c.data.row_tokens if task == "sft" else c.rollout.row_tokens
     rows = c.micro_rows / layout.shards("batch")
-    remat = c.remat != "none"
-    table = qwen3.param_table(m)
-    layer = sum(
-        math.prod(param.shape) / m.num_layers
-        for param in table["layers"].values()
-        if "embed" in param.axes
-    )
-    head = m.vocab_size * m.width
-    tokens = rows * row_tokens
-    # Operations of a chip: 2 for each weight and token and pass; the head is recomputed too.
-    dots = 2 * tokens * (m.num_layers * layer * (3 + remat) + head * 4) / tensor
-    scores = 2 * 2 * rows * row_tokens**2 / 2 * m.num_heads * m.head_dim
-    attention = m.num_layers * scores * (3.5 + remat) / tensor  # Backward: 5 products.
-    itemsize = jnp.dtype(c.dtype).itemsize
-    part = (fsdp - 1) / fsdp / tensor
-    weights = part * m.num_layers * layer * (itemsize * (2 + remat) + 4)
-    weights += part * head * (2 * itemsize + 4)
-    stream = tokens * m.width * itemsize * (tensor - 1) / tensor
-    stream *= m.num_layers * (4 + 3 * remat + 4)
+    work = roofline.model_of(c, layout).train(rows, row_tokens, row_tokens)
     found = {
-        "micro_batch_tokens": rows * row_tokens * layout.shards("batch"),
-        "flops": dots + attention,
-        "must_send_bytes": weights + stream,
+        "micro_batch_tokens": c.micro_rows * row_tokens,
+        "flops": work.flops,
+        "must_send_bytes": work.sent_bytes + work.slice_bytes,
         "sends_bytes": update.sent_bytes,
     }
     if chip:
-        found["compute_seconds"] = found["flops"] / chip.flops
-        found["send_seconds"] = update.sent_bytes / chip.link_bytes
+        found["compute_seconds"] = work.seconds(chip)["compute"]
+        found["send_seconds"] = work.seconds(chip)["send"]
     return found
+
+
+def step_work(task: str, c: Any, layout: Layout) -> dict[str, roofline.Work]:
+    """The phases of a step, of a chip; responses have half of their limit."""
+    model = roofline.model_of(c, layout)
+    if task == "sft":
+        T = c.data.row_tokens
+        micro = model.train(c.micro_rows / layout.shards("batch"), T, T / 2)
+        return {"update": micro * (c.batch_rows / c.micro_rows)}
+    r = c.rollout
+    return roofline.gppo_step(
+        model,
+        c.sampler,
+        drawn=r.prompts * r.samples_per_prompt,
+        used=min(r.max_groups, r.prompts) * r.samples_per_prompt,
+        prompt_tokens=PROMPT_TOKENS,
+        response_tokens=r.max_new_tokens / 2,
+        micro_rows=c.micro_rows,
+        row_tokens=r.row_tokens,
+    )
 
 
 def cache_that_fits(
     c: Any, layout: Layout, programs: dict[str, Program], state: int, room: float
 ) -> dict[str, float]:
     """How large the sampler's cache could be, beside train state and sampling copy."""
-    m, tensor = c.model, layout.shards("kv_heads")
-    itemsize = jnp.dtype(c.dtype).itemsize
-    token = 2 * m.num_layers * m.num_kv_heads * m.head_dim * itemsize / tensor
+    token = roofline.model_of(c, layout).cache_token_bytes
     replicas = layout.shards("batch")
     row = max(row for _, row in sampler_uses(c))
     set_tokens = c.sampler.pool_tokens or c.sampler.num_slots * row
@@ -332,7 +332,7 @@ def cache_that_fits(
         "cache_tokens_that_fit": fits,
         "full_rows_that_fit": fits // row,
         "row_tokens": row,
-        "cache_bytes_a_token": token * tensor,
+        "cache_bytes_a_token": token * layout.shards("kv_heads"),
     }
 
 
@@ -374,6 +374,18 @@ def tell(plan: dict[str, Any]) -> list[str]:
             f"  {row['sent_bytes'] / GIB:8.3f} GiB  {row['times']:5} x {row['kind']} "
             f"{row['dtype']} over {row['devices']}"
         )
+    for name, one in plan["programs"].items():
+        if name in ("update", "decode") and one["buffers"]:
+            lines.append(f"\nThe largest in memory at the peak of {name}, GiB:")
+            lines += [
+                f"  {row['bytes'] / GIB:7.3f}  {row['array']:28} {row['name']}"
+                for row in one["buffers"][:8]
+            ]
+    if "step_seconds" in plan:
+        lines.append("\nA step, with responses of half the limit, takes at least:")
+        for name, seconds in plan["step_seconds"].items():
+            parts = ", ".join(f"{what} {s:,.1f}" for what, s in seconds.items())
+            lines.append(f"  {name:7} {max(seconds.values()):8,.1f} s  ({parts})")
     return lines
 
 

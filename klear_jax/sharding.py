@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from klear_jax.errors import InputError
@@ -38,12 +39,16 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices (or of those given), axes (data, fsdp, tensor).
+    """A mesh of all devices (or of those given), axes (data, fsdp, tensor); on several
+    slices, `data` lies over the network between them.
 
     The axes are Auto: the compiler propagates shardings from jit's in and out shardings
     and our constraints, which is what pjit did.
     """
     devices = jax.devices() if devices is None else devices
+    # (On GPUs, JAX calls each node a slice; there the mesh may lie as it will.)
+    tpus = [device for device in devices if device.platform == "tpu"]
+    slices = len({device.slice_index for device in tpus}) or 1
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = len(devices) // max(-math.prod(sizes), 1)
@@ -53,9 +58,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"{config.tensor} does not make the {len(devices)} devices there are "
             "(one of the three may be -1, for all that is left)"
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3
+    if slices > 1 and sizes[0] % slices:
+        raise InputError(
+            f"mesh.data={sizes[0]} must be a multiple of the {slices} slices: only replicas "
+            "of the train state lie on several, for what is between them is slow"
+        )
+    auto = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=auto)
+    within = sizes[0] // slices, *sizes[1:]
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
+    return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +256,15 @@ def like_params(tree: Any, params_shardings: Any, layout: Layout) -> Any:
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
+def my_shards(layout: Layout, axis: str, size: int) -> list[int]:
+    """The places along a logical axis of so many that lie on devices of this process."""
+    places = layout.sharding(axis).addressable_devices_indices_map((size,))
+    return sorted({place for (part,) in places.values() for place in range(size)[part]})
+
+
 def put(tree: Any, shardings: Any) -> Any:
-    """Host arrays -> device arrays; on several hosts each holds the whole array.
+    """Host arrays -> device arrays; of several processes, each needs to have only what lies
+    on its devices.
 
     Args:
         tree: numpy arrays.

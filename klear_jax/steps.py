@@ -17,7 +17,7 @@ import optax
 
 from klear_jax import logprobs, losses, qwen3
 from klear_jax.errors import InputError
-from klear_jax.sharding import Layout, like_params, put
+from klear_jax.sharding import Layout, like_params, my_shards, put
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -134,8 +134,9 @@ def lm_loss(
         model: config, layout, dtype, remat of `logprobs.token_logprobs`.
 
     Returns:
-        The loss, and how many `tokens` were trained and how many of them are `tokens_likely`:
-        of probability over one half, so what greedy decoding would choose.
+        The loss, how many `tokens` were trained, how many of them are `tokens_likely`: of
+        probability over one half, so what greedy decoding would choose; and how many were
+        read, `tokens_real`.
     """
     logp_BT = logprobs.token_logprobs(
         params,
@@ -148,6 +149,7 @@ def lm_loss(
     metrics = {
         "tokens": jnp.sum(real_BT, dtype=jnp.float32),
         "tokens_likely": jnp.sum(real_BT & (logp_BT > jnp.log(0.5)), dtype=jnp.float32),
+        "tokens_real": jnp.sum(micro["segment_ids"] != 0, dtype=jnp.float32),
     }
     return losses.positive_lm_loss(logp_BT, micro["weight"]), metrics
 
@@ -203,7 +205,8 @@ def micro_batches(
 ) -> Batch:
     """Host rows [R, T] -> device arrays [num_micro, micro_rows, T].
 
-    Filled up with empty rows: all zeros, so segment 0 and weight 0.
+    Filled up with empty rows: all zeros, so segment 0 and weight 0. Of several processes,
+    each needs to have only the rows of `my_rows`.
     """
 
     def split(x):
@@ -219,6 +222,12 @@ def batch_sharding(layout: Layout) -> jax.sharding.NamedSharding:
     return layout.sharding(None, "batch", None)
 
 
+def my_rows(num_rows: int, micro_rows: int, layout: Layout) -> list[int]:
+    """The rows of a batch that lie on devices of this process."""
+    mine = set(my_shards(layout, "batch", micro_rows))
+    return [row for row in range(num_rows) if row % micro_rows in mine]
+
+
 def check_micro_rows(micro_rows: int, layout: Layout) -> None:
     """Every device of the batch axes gets the same number of rows, or an InputError."""
     if micro_rows % layout.shards("batch"):
@@ -226,6 +235,17 @@ def check_micro_rows(micro_rows: int, layout: Layout) -> None:
             f"micro_rows={micro_rows} must be a multiple of the {layout.shards('batch')} "
             f"shards of a batch (mesh axes {layout.rules['batch']})"
         )
+
+
+def compile_score_step(
+    step: Callable[..., jax.Array], layout: Layout, params_shardings: Any
+) -> Callable[..., jax.Array]:
+    """`score_step` with the model bound -> the program, whose result every host can read."""
+    return jax.jit(
+        step,
+        in_shardings=(params_shardings, batch_sharding(layout), None),
+        out_shardings=layout.sharding(),
+    )
 
 
 def compile_train_step(

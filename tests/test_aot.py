@@ -14,7 +14,13 @@ from test_configs import parse
 from klear_jax import aot, decoding, plan, qwen3, sampler
 from klear_jax.errors import InputError
 from klear_jax.sampling import Sampling
-from klear_jax.sharding import Layout, MeshConfig, make_mesh, map_shards
+from klear_jax.sharding import (
+    Layout,
+    MeshConfig,
+    constrain,
+    make_mesh,
+    map_shards,
+)
 
 SMALL = dataclasses.replace(
     qwen3.PRESETS["qwen3_8b"],
@@ -118,6 +124,46 @@ def compile_update(fsdp, tensor):
     c = dataclasses.replace(c, **sizes)
     layout = Layout(make_mesh(c.mesh, aot.devices("v5e:4x4")), c.mesh.rules)
     return plan.trace(task, c, layout)["update"].lower().compile()
+
+
+@needs_libtpu
+def test_replicas_lie_over_the_network_between_slices():
+    rules = parse("gppo_8b")[1].mesh.rules
+    devices = aot.devices("v5e:4x4", num_slices=2)
+    mesh = make_mesh(MeshConfig(2, -1, 2, rules), devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 2}
+    for replica in (0, 1):
+        slices = {device.slice_index for device in mesh.devices[replica].flat}
+        assert len(slices) == 1
+    with pytest.raises(InputError, match=r"mesh.data=1 must be a multiple of the 2"):
+        make_mesh(MeshConfig(1, -1, 2, rules), devices)
+
+
+@needs_libtpu
+def test_what_is_largest_in_memory_has_its_name():
+    """A matrix gathered in bfloat16, beside its shard in float32."""
+    devices = aot.devices("v5e:4x4")
+    layout = Layout(
+        make_mesh(MeshConfig(1, 16, 1, parse("gppo_8b")[1].mesh.rules), devices),
+        parse("gppo_8b")[1].mesh.rules,
+    )
+
+    def gathered(weights):
+        whole = constrain(weights.astype(jnp.bfloat16), layout, None, None)
+        with jax.named_scope("wide"):
+            return jnp.sin(whole) @ whole.T
+
+    weights = jax.ShapeDtypeStruct(
+        (8192, 16384), jnp.float32, sharding=layout.sharding("embed", None)
+    )
+    compiled, buffers = aot.compile_and_look(jax.jit(gathered).trace(weights).lower())
+    assert [one.bytes for one in buffers] == sorted(
+        (one.bytes for one in buffers), reverse=True
+    )
+    assert buffers[0].bytes == 2 * 8192 * 16384
+    assert buffers[0].array == "bf16[8192,16384]"
+    assert {"weights"} <= {one.name for one in buffers}
+    assert sum(one.bytes for one in buffers) <= 1.5 * aot.memory(compiled).peak
 
 
 @needs_libtpu

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -250,6 +251,21 @@ VARIANTS = {
         "rollout.max_groups": 256,
         "num_steps": 100,
     },
+    "evaluate_64k": {
+        "workdir": "runs/gppo_8b",
+        "model.yarn": ml_collections.ConfigDict(
+            {
+                "factor": 2.5,
+                "original_max_positions": 32_768,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "attention_factor": None,
+            }
+        ),
+        "model.max_positions": 81_920,
+        "evaluation.num_samples": 64,
+        "evaluation.max_new_tokens": 65_536,
+    },
 }
 
 
@@ -258,7 +274,7 @@ def test_variants_differ_only_in_what_they_are_named_for():
     assert found == set(VARIANTS)
     for name, changes in VARIANTS.items():
         base = get("gppo_code_8b" if name == "hard_reward" else "gppo_8b")
-        base.update_from_flattened_dict(changes | {"workdir": f"runs/{name}"})
+        base.update_from_flattened_dict({"workdir": f"runs/{name}"} | changes)
         values = get(f"variants.{name}").to_dict()
         assert values == base.to_dict(), name
         assert train.parse(values)[0] == "gppo"
@@ -377,7 +393,7 @@ def test_sft_programs(name):
     layout = make_layout(c)
     size = (c.batch_rows // c.micro_rows, c.micro_rows, c.data.row_tokens)
     metrics = lower_train_step(c, layout, size, SFT_ROW)
-    assert metrics == UPDATE | {"tokens", "tokens_likely"}
+    assert metrics == UPDATE | {"tokens", "tokens_likely", "tokens_real"}
 
 
 @pytest.mark.parametrize("name", GPPO)

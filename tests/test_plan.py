@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import pytest
 from test_configs import parse
 
-from klear_jax import plan
+from klear_jax import plan, qwen3, roofline
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout, make_mesh
 
-SMALL_CHIP = plan.Chip(hbm_gib=0.001, flops=1e12, link_bytes=1e9)
+SMALL_CHIP = roofline.Chip(hbm_gib=0.001, hbm_bytes=1e9, flops=1e12, link_bytes=1e9)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,43 @@ def test_what_does_not_fit_is_said_with_what_would_help(compiled):
         / 8
     )
     assert used == pytest.approx(0.9 * 95 * 2**30, rel=1e-3)
+
+
+def test_a_step_takes_no_less_than_its_arithmetic(compiled):
+    task, c, layout, _ = compiled
+    chip = roofline.Chip(hbm_gib=95, hbm_bytes=1e12, flops=1e15, link_bytes=1e11)
+    found = plan.make_plan(*compiled, chip)["step_seconds"]
+    assert list(found) == ["sample", "score", "update"]
+    work = plan.step_work(task, c, layout)
+    model = roofline.model_of(c, layout)
+    weights = c.model.num_layers * model.layer_weights + model.head_weights
+    table = qwen3.param_table(c.model)
+    matrices = sum(math.prod(p.shape) for p in jax.tree.leaves(table) if p.init_std)
+    assert weights == matrices
+    # Samples of half the limit: each of their tokens reads all weights, with its mates.
+    r, slots = c.rollout, min(c.sampler.num_slots, 8 * c.rollout.prompts)
+    calls = r.prompts * r.samples_per_prompt * r.max_new_tokens / 2 / slots
+    assert work["sample"].read_bytes >= calls * weights * 4 / 2
+    assert found["sample"]["read"] == work["sample"].read_bytes / 1e12
+    # Forward, and forward twice as much backward.
+    ratio = work["update"].flops / work["score"].flops
+    assert 3.0 < ratio < 4.2, ratio
+    longer = model.train(1, 4_096, 4_096).flops / model.train(1, 4_096, 2_048).flops
+    assert longer > 1
+    twice = model.train(2, 64, 64)
+    assert twice.flops == pytest.approx(2 * model.train(1, 64, 64).flops)
+    assert twice.sent_bytes < 2 * model.train(1, 64, 64).sent_bytes  # Weights go once.
+
+
+def test_replicas_on_several_slices_send_between_them():
+    _, c = parse("gppo_tiny")
+    mesh = make_mesh(dataclasses.replace(c.mesh, data=2, fsdp=4, tensor=1))
+    model = roofline.model_of(c, Layout(mesh, c.mesh.rules))
+    weights = c.model.num_layers * model.layer_weights + model.head_weights
+    assert model.train(1, 64, 64).slice_bytes == 4 * weights / 4  # 2 x 1/2 of float32.
+    chip = roofline.CHIPS["v5p"]
+    seconds = roofline.Work(slice_bytes=roofline.SLICE_BYTES).seconds(chip)
+    assert seconds == {"compute": 0, "read": 0, "send": 1}
 
 
 @pytest.mark.parametrize(
