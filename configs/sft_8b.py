@@ -47,6 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.row_tokens = 32_768  # [P] Maximum length 32K.
     c.data.pack = True  # [ours] Several samples a row, as segments.
     c.data.too_long = "drop"  # [ours] A sample longer than a row: 'error' or 'drop'.
+    # The samples are dealt to so many streams, each packed by itself. A host reads those of
+    # its rows; the batches do not depend on who reads what. A divisor of micro_rows.
+    c.data.streams = 16  # [ours]
 
     # Rows of one update; 128 are 4.2M tokens. [P] does not say; [V] 256 samples.
     c.batch_rows = 128  # [ours]

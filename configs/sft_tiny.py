@@ -52,6 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.pack = True  # Several samples a row, as segments.
     # A sample longer than a row: 'error', or 'drop' (counted).
     c.data.too_long = "error"
+    # The samples are dealt to so many streams, each packed by itself. A host reads those of
+    # its rows; the batches do not depend on who reads what. A divisor of micro_rows.
+    c.data.streams = 1
 
     c.batch_rows = 48  # Rows of one optimizer update; about 100 samples.
     c.micro_rows = 48  # Rows of one forward and backward pass, over all devices.

@@ -2,31 +2,36 @@
 
 One checkpoint holds parameters, optimizer and step, the position in the data, and the
 samples that the next step goes on with; all randomness is a function of the seed and the
-step. It is named by the steps of the loop that are done.
+step. It is named by the steps of the loop that are done. It can be read on another mesh,
+and by another number of processes.
 """
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from klear_jax import hf_weights, qwen3, steps, tokens
+from klear_jax import hf_weights, hosts, qwen3, steps, tokens
 from klear_jax.config import differences
 from klear_jax.errors import InputError
-from klear_jax.sharding import Layout, put
+from klear_jax.sharding import Layout
 
-# Of a config: what another start of the same run may have otherwise.
+# Of a config: what another start of the same run may have otherwise. Where it runs is among
+# it: the run is the same up to rounding, and to the bit only on the same mesh.
 MAY_CHANGE = tuple(
     f"config.{name}"
     for name in (
         "workdir",
+        "mesh.",
+        "sampler.",
+        "micro_rows",
+        "remat",
         "checkpoint.",
         "rewards.num_workers",
         "rewards.memory_mb",
@@ -44,8 +49,17 @@ class CheckpointConfig:
             raise InputError("checkpoint.every and checkpoint.keep must be at least 1")
 
 
+class Data(Protocol):
+    """An iterator over data, whose position is a JSON value, the same on all processes."""
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
 def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
-    """Makes the workdir of a run, or checks that the one to resume has the same config.
+    """Makes the workdir of a run, or checks that the one to resume has the same config. Of
+    several processes, the first makes it and all check it.
 
     Called when all other input has been read, so that bad input leaves nothing behind.
 
@@ -56,7 +70,22 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
     workdir = epath.Path(config.workdir)
     file = workdir / "config.json"
     text = json.dumps(dataclasses.asdict(config), indent=2)
-    if file.exists():
+    new = not file.exists()
+    if new and config.init_from:
+        check_model(config.init_from, config.model)
+    hosts.gather(None)  # All have looked.
+    if new and hosts.first():
+        (workdir / "model").mkdir(parents=True, exist_ok=True)
+        hf_weights.write_config(workdir / "model", config.model, "float32")
+        tokenizer.save(workdir / "model")
+        file.write_text(text + "\n")  # Last: where it lies, the folder is complete.
+    hosts.gather(None)
+    if not file.exists():
+        raise InputError(
+            f"{workdir} is not where the first process wrote it: a workdir must be on storage "
+            "that all hosts share"
+        )
+    if not new:
         changed = [
             line
             for line in differences(hf_weights.read_json(file), json.loads(text))
@@ -67,13 +96,6 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
                 f"{workdir} belongs to a run with another config ({'; '.join(changed)}); "
                 "give the same config to resume it, or another workdir"
             )
-        return
-    if config.init_from:
-        check_model(config.init_from, config.model)
-    (workdir / "model").mkdir(parents=True, exist_ok=True)
-    hf_weights.write_config(workdir / "model", config.model, "float32")
-    tokenizer.save(workdir / "model")
-    file.write_text(text + "\n")  # Last: where it lies, the folder is complete.
 
 
 class Checkpoints:
@@ -81,7 +103,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | epath.Path, config: CheckpointConfig):
         self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).absolute() / "checkpoints",
+            _absolute(workdir) / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep, enable_async_checkpointing=True
             ),
@@ -100,7 +122,7 @@ class Checkpoints:
         self,
         steps_done: int,
         state: steps.TrainState,
-        data: grain.DatasetIterator,
+        data: Data,
         pending: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Returns once the state is copied; writing goes on behind.
@@ -113,7 +135,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
-                data=grain.checkpoint.CheckpointSave(data),
+                data=ocp.args.JsonSave({"position": data.get_state()}),
                 pending=ocp.args.JsonSave({"groups": list(pending)}),
             ),
         )
@@ -125,18 +147,17 @@ class Checkpoints:
         args = ocp.args.Composite(pending=ocp.args.JsonRestore())
         return self._manager.restore(self.steps_done, args=args).pending["groups"]
 
-    def restore(
-        self, abstract: steps.TrainState, data: grain.DatasetIterator
-    ) -> steps.TrainState:
+    def restore(self, abstract: steps.TrainState, data: Data) -> steps.TrainState:
         """The newest state, placed as `abstract` says; moves `data` to its position."""
         restored = self._manager.restore(
             self.steps_done,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
                 optimizer=ocp.args.StandardRestore(_optimizer_tree(abstract)),
-                data=grain.checkpoint.CheckpointRestore(data),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        data.set_state(restored.data["position"])
         return steps.TrainState(params=restored.params, **restored.optimizer)
 
     def __enter__(self) -> "Checkpoints":
@@ -153,7 +174,7 @@ def _optimizer_tree(state: steps.TrainState) -> dict[str, Any]:
 
 def train_state(
     checkpoints: Checkpoints,
-    data: grain.DatasetIterator,
+    data: Data,
     *,
     init_from: str,
     config: qwen3.Config,
@@ -176,17 +197,9 @@ def train_state(
     )
     shardings = steps.state_shardings(abstract, params_shardings, layout)
     if checkpoints.steps_done:
-        place = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding
-            ),
-            abstract,
-            shardings,
-        )
-        return checkpoints.restore(place, data), shardings
+        return checkpoints.restore(_placed(abstract, shardings), data), shardings
     if init_from:
-        params, _ = load_model(init_from)
-        params = put(params, params_shardings)
+        params, _ = load_model(init_from, layout)
     else:
         params = jax.jit(
             lambda key: qwen3.init_params(config, key), out_shardings=params_shardings
@@ -227,22 +240,43 @@ def is_workdir(path: str | epath.Path) -> bool:
     return (epath.Path(path) / "checkpoints").exists()
 
 
-def load_model(path: str | epath.Path) -> tuple[qwen3.Params, qwen3.Config]:
-    """float32 parameters in host memory, and their architecture.
+def load_model(
+    path: str | epath.Path, layout: Layout | None = None
+) -> tuple[qwen3.Params, qwen3.Config]:
+    """float32 parameters and their architecture.
 
     Args:
         path: a Hugging Face folder, or a workdir, of which the newest checkpoint is read.
+        layout: where to place them: each process reads only what lies on its devices. None:
+            in host memory.
     """
     path = epath.Path(path)
     if not is_workdir(path):
-        return hf_weights.load(model_folder(path), dtype=jnp.float32)
+        return hf_weights.load(model_folder(path), dtype=jnp.float32, layout=layout)
     config = hf_weights.read_config(model_folder(path))
     abstract = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
-    with ocp.CheckpointManager(path.absolute() / "checkpoints") as manager:
+    if layout is not None:
+        abstract = _placed(abstract, qwen3.params_shardings(config, layout))
+    with ocp.CheckpointManager(_absolute(path) / "checkpoints") as manager:
         if manager.latest_step() is None:
             raise InputError(f"{path} has no finished checkpoint")
         restored = manager.restore(
             manager.latest_step(),
             args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
         )
-    return jax.device_get(restored.params), config
+    params = restored.params if layout else jax.device_get(restored.params)
+    return params, config
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        abstract,
+        shardings,
+    )
+
+
+def _absolute(path: str | epath.Path) -> epath.Path:
+    """As orbax wants it; gs://... is."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()

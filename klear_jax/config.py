@@ -22,6 +22,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from klear_jax import hosts
 from klear_jax.errors import InputError
 
 CONFIG_FILE = (
@@ -32,8 +33,9 @@ CONFIG_FILE = (
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs a command; an InputError is one line on stderr and exit code 2."""
     # A second run of the same program skips its compilation.
-    cache = pathlib.Path("~/.cache/klear_jax").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+        cache = pathlib.Path("~/.cache/klear_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.set_stderrthreshold("warning")
     ours = logging.getLogger("klear_jax")  # As what programs of the model run under.
@@ -42,7 +44,11 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     ours.propagate = False
     try:
         main(sys.argv)
-    except InputError as error:
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            hosts.fail(error)
+        if not isinstance(error, InputError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

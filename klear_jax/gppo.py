@@ -19,6 +19,7 @@ from klear_jax import (
     batch,
     checkpoint,
     evaluate,
+    hosts,
     losses,
     metrics,
     optim,
@@ -232,11 +233,18 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
             layout=layout,
         )
         update = steps.compile_train_step(train_step(config, layout), layout, shardings)
-        score = jax.jit(score_step(config, layout))
+        score = steps.compile_score_step(
+            score_step(config, layout), layout, shardings.params
+        )
         going_on = rollout.from_json(checkpoints.pending())
         warm_up(state.params, config, tokenizer, layout)
         bar = tqdm.trange(
-            first, config.num_steps, desc="GPPO", initial=first, total=config.num_steps
+            first,
+            config.num_steps,
+            desc="GPPO",
+            initial=first,
+            total=config.num_steps,
+            disable=not hosts.first(),
         )
         watch = metrics.Stopwatch()
         for step in bar:
@@ -293,6 +301,7 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                 pending = rollout.to_json(going_on)
                 with compilations.open_again():  # orbax cuts what is replicated.
                     checkpoints.save(step + 1, state, inputs.prompts, pending)
+                writer.publish()
 
 
 def sample(

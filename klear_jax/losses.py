@@ -100,6 +100,12 @@ def gradient_preserving_clip(
     return _with_slope(x, value, value)
 
 
+def token_mean_weights(mask: jax.Array) -> jax.Array:
+    """`token_weights` of 'token_mean' on devices, for a mask (of any shape, 0 or 1) of which
+    no host has all."""
+    return mask.astype(jnp.float32) / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+
+
 def token_weights(
     mask_BT: np.ndarray,
     aggregation: Aggregation = "token_mean",

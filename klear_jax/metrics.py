@@ -5,7 +5,10 @@ import contextlib
 import json
 import logging
 import math
+import pathlib
 import re
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +19,18 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from klear_jax import losses
+from klear_jax import hosts, losses
+
+PUBLISH_S = 60
 
 
 class Writer:
-    """Writes `metrics.jsonl`, `tensorboard/` and `rollouts/step_*.jsonl` of a workdir."""
+    """Writes `metrics.jsonl`, `tensorboard/` and `rollouts/step_*.jsonl` of a workdir; of
+    several processes, the first does.
+
+    An object store cannot append: there, what grows is written beside, on this machine, and
+    goes to the workdir whole, every PUBLISH_S and with every `publish`.
+    """
 
     def __init__(self, workdir: str | epath.Path, *, next_step: int):
         """Drops metrics and samples from `next_step` on: they will be written again.
@@ -29,28 +39,50 @@ class Writer:
             workdir: must exist.
             next_step: the first step this process will write; 0 for a new run.
         """
+        self._active = hosts.first()
+        if not self._active:
+            return
         self._workdir = epath.Path(workdir)
+        self._beside = None if _appends(workdir) else tempfile.mkdtemp()
+        self._published = time.monotonic()
+        grows = pathlib.Path(self._beside or workdir)
         path = self._workdir / "metrics.jsonl"
         kept = []
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) < next_step]
-        path.write_text("".join(kept))
+        (grows / "metrics.jsonl").write_text("".join(kept))
         for file in self._rollouts.glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) >= next_step:
                 file.unlink()
-        self._file = path.open("a")
+        self._file = (grows / "metrics.jsonl").open("a")
         # Purges what a killed run may have shown beyond its checkpoint.
         self._tensorboard = SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=next_step, write_to_disk=True
+            str(grows / "tensorboard"), purge_step=next_step, write_to_disk=True
         )
 
     @property
     def _rollouts(self) -> epath.Path:
         return self._workdir / "rollouts"
 
+    def publish(self) -> None:
+        """Brings what has grown to a workdir that cannot append; at checkpoints, so that what
+        a kill takes is from beyond the last one, and will be written again."""
+        if not self._active or self._beside is None:
+            return
+        self._published = time.monotonic()
+        self._tensorboard.flush()
+        beside = pathlib.Path(self._beside)
+        for file in beside.rglob("*"):
+            if file.is_file():
+                target = self._workdir / file.relative_to(beside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line {'step': step, name: number, ...}; nan and inf become null."""
+        if not self._active:
+            return
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -58,22 +90,36 @@ class Writer:
         for name, x in finite.items():
             if x is not None:  # As the length of right answers, where there are none.
                 self._tensorboard.add_scalar(name, x, step)
+        if time.monotonic() - self._published > PUBLISH_S:
+            self.publish()
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes the samples of one step as one file, a JSON line each."""
+        if not self._active:
+            return
         self._rollouts.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self._rollouts / f"step_{step:06d}.jsonl").write_text(text)
 
     def close(self) -> None:
+        if not self._active:
+            return
         self._file.close()
         self._tensorboard.close()
+        self.publish()
+        if self._beside is not None:
+            shutil.rmtree(self._beside)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _appends(workdir: str | epath.Path) -> bool:
+    """Whether files there can grow: it is a folder, and no object store (gs://...)."""
+    return "://" not in str(workdir)
 
 
 def require_finite(
@@ -89,7 +135,8 @@ def require_finite(
     """
     if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         return
-    path = epath.Path(workdir) / f"not_finite_step_{step:06d}.npz"
+    process = f"_process_{hosts.index()}" if hosts.count() > 1 else ""
+    path = epath.Path(workdir) / f"not_finite_step_{step:06d}{process}.npz"
     with path.open("wb") as file:
         np.savez(file, **batch)
     raise FloatingPointError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klear_jax import qwen3, sampler
+from klear_jax import hosts, qwen3, sampler
 from klear_jax.errors import InputError
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Outcome, Pool
@@ -176,7 +176,8 @@ def collect(
     dtype: jnp.dtype | None = None,
     layout: Layout | None = None,
 ) -> tuple[list[OpenGroup], list[OpenGroup], dict[str, float]]:
-    """Samples responses and scores each while others are still being decoded.
+    """Samples responses and scores each while others are still being decoded. Of several
+    processes, each scores groups of its own, and all hear of all.
 
     Args:
         groups: to draw, those carried first.
@@ -197,9 +198,14 @@ def collect(
     enough_groups = math.ceil(finish_fraction * sum(map(bool, left)) - 1e-9)
     enough_groups += left.count(0)
     scores: dict[tuple[int, int], futures.Future[Outcome]] = {}
+    ended: set[tuple[int, int]] = set()
 
     def finish(i: int, j: int, sample: sampler.Sample) -> None:
         samples[i][j] = cut(sample, tokenizer, stop_strings)
+        left[i] -= 1
+        ended.add((i, j))
+        if i % hosts.count() != hosts.index():
+            return
         kind = rewards.kinds[rewards.kind_of(groups[i].source)]
         scores[i, j] = pool.submit(
             kind.function,
@@ -207,7 +213,6 @@ def collect(
             groups[i].answer,
             **kind.resolved(),
         )
-        left[i] -= 1
 
     def enough() -> bool:
         return left.count(0) >= enough_groups and not any(left[i] for i in least)
@@ -228,11 +233,11 @@ def collect(
     # A stop string may have ended what the sampler would go on with.
     for i, group in enumerate(found):
         for j, sample in enumerate(group.samples):
-            if (i, j) not in scores and groups[i].outcomes[j] is None:
+            if (i, j) not in ended and groups[i].outcomes[j] is None:
                 samples[i][j] = cut(sample, tokenizer, stop_strings)
                 if group.ended(samples[i][j]):
                     finish(i, j, samples[i][j])
-    outcomes = _wait(scores, rewards.step_timeout_s)
+    outcomes = _share(_wait(scores, rewards.step_timeout_s))
     after = [
         _advance(
             open_,
@@ -256,6 +261,16 @@ def _wait(
     return {
         name: late if score.cancel() or not score.done() else score.result()
         for name, score in scores.items()
+    }
+
+
+def _share(
+    mine: Mapping[tuple[int, int], Outcome],
+) -> dict[tuple[int, int], Outcome]:
+    """The outcomes of all processes."""
+    rows = [(*name, *dataclasses.astuple(outcome)) for name, outcome in mine.items()]
+    return {
+        (i, j): Outcome(*parts) for rows in hosts.gather(rows) for i, j, *parts in rows
     }
 
 

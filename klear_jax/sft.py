@@ -17,6 +17,7 @@ import tqdm
 from klear_jax import (
     checkpoint,
     evaluate,
+    hosts,
     losses,
     optim,
     qwen3,
@@ -40,6 +41,7 @@ class DataConfig:
     row_tokens: int
     pack: bool  # Several samples a row, as segments that do not see each other.
     too_long: str  # A sample longer than a row: 'error', or 'drop' (counted).
+    streams: int  # The samples are dealt to so many, each packed by itself.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,11 @@ class SftConfig:
         if self.batch_rows % self.micro_rows:
             raise InputError(
                 f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}"
+            )
+        if self.data.streams < 1 or self.micro_rows % self.data.streams:
+            raise InputError(
+                f"micro_rows={self.micro_rows} must be a multiple of "
+                f"data.streams={self.data.streams}"
             )
 
 
@@ -121,6 +128,8 @@ def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
         seed=config.seed,
         pack=config.data.pack,
         too_long=config.data.too_long,
+        num_streams=config.data.streams,
+        my_rows=steps.my_rows(config.batch_rows, config.micro_rows, layout),
     )
     problems = evaluate.load_problems(
         config.evaluation,
@@ -150,15 +159,23 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             layout=layout,
         )
         update = steps.compile_train_step(train_step(config, layout), layout, shardings)
+        weigh = jax.jit(
+            losses.token_mean_weights, out_shardings=steps.batch_sharding(layout)
+        )
         bar = tqdm.trange(
-            first, config.num_steps, desc="SFT", initial=first, total=config.num_steps
+            first,
+            config.num_steps,
+            desc="SFT",
+            initial=first,
+            total=config.num_steps,
+            disable=not hosts.first(),
         )
         watch, unread = Stopwatch(), []
         for step in bar:
             with watch.phase("data"):
                 rows = next(data.iterator)
-                rows["weight"] = losses.token_weights(rows.pop("mask"))
                 batch = steps.micro_batches(rows, config.micro_rows, num_micro, layout)
+                batch["weight"] = weigh(batch.pop("mask"))
             rate = optim.learning_rate(config.optim, step, config.num_steps)
             state, found = update(state, batch, num_micro, rate)
             unread.append((step, rows, rate, found))
@@ -167,9 +184,8 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             # Metrics are read one step late, so that the device never waits for the host.
             while len(unread) > (0 if saves or evaluates else 1):
                 read_step, rows, rate, found = unread.pop(0)
-                values = summarise(rows, jax.device_get(found)) | {
-                    "learning_rate": rate
-                }
+                values = summarise(jax.device_get(found), rows["tokens"].size)
+                values["learning_rate"] = rate
                 require_finite(values, rows, config.workdir, read_step)
                 if evaluates and read_step == step:
                     with watch.phase("evaluate"):
@@ -186,18 +202,18 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
             if saves:
                 checkpoints.save(step + 1, state, data.iterator)
+                writer.publish()
 
 
-def summarise(rows: dict[str, np.ndarray], found: steps.Metrics) -> dict[str, float]:
-    """The metrics of one update, ready to be written."""
-    real_BT = rows["segment_ids"] != 0
+def summarise(found: dict[str, np.ndarray], room: int) -> dict[str, float]:
+    """The metrics of one update, with room for so many tokens, ready to be written."""
     return {
         **{
             name: float(found[name])
             for name in ("loss", "grad_norm", "update_norm", "param_norm")
         },
         "likely": float(found["tokens_likely"] / found["tokens"]),
-        "tokens": int(real_BT.sum()),
+        "tokens": int(found["tokens_real"]),
         "tokens_trained": int(found["tokens"]),
-        "row_fill": float(real_BT.mean()),
+        "row_fill": float(found["tokens_real"] / room),
     }

@@ -2,12 +2,13 @@
 
     python -m klear_jax.train --config=configs/gppo_tiny.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
-The same command, given again, resumes from the newest checkpoint of the workdir.
+The same command, given again, resumes from the newest checkpoint of the workdir. On a pod it
+is given on every host, see launch/; the workdir is then on storage that all of them share.
 """
 
 from typing import Any
 
-from klear_jax import config, gppo, sft
+from klear_jax import config, gppo, hosts, sft
 from klear_jax.errors import InputError
 
 TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> None:
     if flags.workdir:
         values["workdir"] = flags.workdir
     task, parsed = parse(values)
+    hosts.join()
     _, run = TASKS[task]
     run(parsed)
 

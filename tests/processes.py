@@ -1,11 +1,13 @@
-"""One process of several that sample together: a program of its own, see test_processes.
+"""One process of several, a program of its own; see test_processes.
 
     python tests/processes.py PORT COUNT INDEX
 
-Prints, as JSON, the tokens and log-probs that it returned, and what it decided on the way.
+Prints, as JSON: the losses of five updates, the tokens and log-probs that it sampled, what it
+decided on the way, and what the processes told each other.
 """
 
 import json
+import os
 import sys
 
 import jax
@@ -16,11 +18,25 @@ def main(port, count, index):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // count)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.distributed.initialize(f"localhost:{port}", count, index)
+    os.environ["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+    os.environ["JAX_NUM_PROCESSES"] = str(count)
+    os.environ["JAX_PROCESS_ID"] = str(index)
+    from klear_jax import hosts
+
+    hosts.join()
     import test_sampler as shared
+    import test_steps
 
     from klear_jax import qwen3, sampler, sharding
 
+    told = hosts.gather({"process": index, "text": "é" * 100_000 * index})
+    params = test_steps.make_params()
+    rows = test_steps.make_rows(params)
+    layout = test_steps.make_layout(2, 2, 2)
+    losses = {
+        name: test_steps.five_updates(name, layout, params, rows)
+        for name in ("lm", "gppo")
+    }
     config = sharding.MeshConfig(2, 2, 2, shared.RULES)
     layout = sharding.Layout(sharding.make_mesh(config), shared.RULES)
     params = sharding.put(
@@ -42,6 +58,8 @@ def main(port, count, index):
     print(
         json.dumps(
             {
+                "told": [(one["process"], len(one["text"])) for one in told],
+                "losses": losses,
                 "tokens": [[s.tokens for s in group] for group in got],
                 "logprobs": [[s.logprobs.tolist() for s in group] for group in got],
                 "order": order,

@@ -303,24 +303,68 @@ def test_sft_epochs_differ_and_seed_decides(tokenizer, monkeypatch):
     assert order(0)[:30] != order(0)[30:]
 
 
-def test_shards_share_the_samples(tokenizer):
-    data = make_examples(range(1, 12))
-    found = []
-    for shard in range(3):
-        sft = batches.sft_batches(
+@settings(max_examples=10, deadline=None)
+@given(
+    streams=st.sampled_from([1, 2, 3, 6]),
+    owners=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    done=st.integers(0, 4),
+)
+def test_who_reads_which_rows_changes_no_batch(tokenizer, streams, owners, done):
+    """Three processes that need other rows each, and go on as two, as one would alone."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(batches, "PACKING_POOL", 2)
+    data = make_examples(range(1, 19))
+
+    def iterator(rows=None):
+        return batches.sft_batches(
             data,
             tokenizer,
             row_tokens=64,
             rows_per_batch=6,
             seed=0,
-            num_epochs=1,
-            shard_index=shard,
-            shard_count=3,
-        )
-        for batch in sft.iterator:
-            assert batch["tokens"].shape == (2, 64)
-            found += segments(batch)
+            num_streams=streams,
+            my_rows=rows,
+        ).iterator
+
+    def rows_of(process):
+        return [row for row, owner in enumerate(owners) if owner == process]
+
+    alone = iterator()
+    several = [(rows, iterator(rows)) for rows in map(rows_of, range(3)) if rows]
+    for _ in range(done):
+        want = next(alone)
+        for rows, it in several:
+            got = next(it)
+            for name, x in want.items():
+                np.testing.assert_array_equal(got[name][rows], x[rows])
+    state = {}
+    for _, it in several:
+        state |= it.get_state()
+    assert state == alone.get_state()
+    for rows in ([0, 2, 4], [1, 3, 5]):
+        going_on = iterator(rows)
+        going_on.set_state(json.loads(json.dumps(state)))
+        alone.set_state(state)
+        for _ in range(2):
+            want, got = next(alone), next(going_on)
+            np.testing.assert_array_equal(got["tokens"][rows], want["tokens"][rows])
+    monkeypatch.undo()
+
+
+def test_streams_share_the_samples(tokenizer):
+    data = make_examples(range(1, 12))
+    sft = batches.sft_batches(
+        data,
+        tokenizer,
+        row_tokens=64,
+        rows_per_batch=6,
+        seed=0,
+        num_epochs=1,
+        num_streams=3,
+    )
+    found = [s for batch in sft.iterator for s in segments(batch)]
     assert sorted(found) == sorted(expected_segment(tokenizer, x) for x in data)
+    assert (sft.num_samples, sft.num_dropped) == (11, 0)
 
 
 def test_samples_longer_than_a_row(tokenizer):
@@ -349,39 +393,26 @@ def test_prompts_in_order(prepared, tokenizer):
 
 
 @settings(max_examples=5, deadline=None)
-@given(done=st.integers(0, 9), shards=st.sampled_from([1, 2]))
-def test_prompt_steps(tokenizer, done, shards):
-    """10 prompts, 4 a step: an epoch is 2 steps; the shards' parts make up the step."""
+@given(done=st.integers(0, 9))
+def test_prompt_steps(tokenizer, done):
+    """10 prompts, 4 a step: an epoch is 2 steps."""
     data = make_examples([1] * 10)
 
-    def iterator(shard, count):
+    def iterator():
         return batches.prompt_batches(
-            data,
-            tokenizer,
-            prompts_per_step=4,
-            max_prompt_tokens=32,
-            seed=1,
-            shard_index=shard,
-            shard_count=count,
+            data, tokenizer, prompts_per_step=4, max_prompt_tokens=32, seed=1
         )
 
-    whole = list(itertools.islice(iterator(0, 1), done + 6))
+    whole = list(itertools.islice(iterator(), done + 6))
     for first, second in zip(whole[0::2], whole[1::2], strict=False):
         assert len({*first["prompt_ids"], *second["prompt_ids"]}) == 8
     assert whole[0]["prompt_ids"] != whole[2]["prompt_ids"]  # Another epoch.
-    parts = []
-    for shard in range(shards):
-        saved = iterator(shard, shards)
-        for _ in range(done):
-            next(saved)
-        restored = iterator(shard, shards)
-        restored.set_state(json.loads(json.dumps(saved.get_state())))
-        parts.append(list(itertools.islice(restored, 6)))
-        assert_same(parts[-1], list(itertools.islice(saved, 6)))
-    for step, *shares in zip(whole[done:], *parts, strict=True):
-        together = sorted(i for share in shares for i in share["prompt_ids"])
-        assert together == sorted(step["prompt_ids"])
-        assert {len(share["prompt_ids"]) for share in shares} == {4 // shards}
+    saved = iterator()
+    for _ in range(done):
+        next(saved)
+    restored = iterator()
+    restored.set_state(json.loads(json.dumps(saved.get_state())))
+    assert_same(list(itertools.islice(restored, 6)), whole[done:])
 
 
 def test_long_prompts(tokenizer, monkeypatch, caplog):
@@ -405,9 +436,9 @@ def test_batches_that_cannot_be(tokenizer):
     step = {"max_prompt_tokens": 32, "seed": 0}
     with pytest.raises(InputError, match="has 2 prompts, a step needs 3"):
         batches.prompt_batches(data, tokenizer, prompts_per_step=3, **step)
-    with pytest.raises(InputError, match="no multiple of 2"):
-        batches.prompt_batches(
-            data, tokenizer, prompts_per_step=1, shard_count=2, **step
+    with pytest.raises(InputError, match=r"3 rows of a batch .* from 2 streams"):
+        batches.sft_batches(
+            data, tokenizer, row_tokens=32, rows_per_batch=3, seed=0, num_streams=2
         )
     bare = examples.Example("row 7", 0, data[0].messages, None, None)
     with pytest.raises(InputError, match="row 7 has no answer"):

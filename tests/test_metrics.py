@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from klear_jax import metrics
 from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
 
 
@@ -31,6 +32,36 @@ def test_a_resumed_run_writes_its_steps_again(tmp_path):
     files = sorted((tmp_path / "rollouts").iterdir())
     assert [file.name for file in files] == ["step_000000.jsonl", "step_000001.jsonl"]
     assert files[1].read_text() == '{"response": "é", "step": 1}\n'
+
+
+def test_where_files_cannot_grow_they_are_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_appends", lambda workdir: False)
+    monkeypatch.setattr(metrics, "PUBLISH_S", 1e9)
+    with Writer(tmp_path, next_step=0) as writer:
+        writer.write(0, {"loss": 0.5})
+        writer.write_samples(0, [{"step": 0}])
+        assert [file.name for file in tmp_path.iterdir()] == ["rollouts"]
+        monkeypatch.setattr(metrics, "PUBLISH_S", 0)  # As when a minute is over.
+        writer.write(1, {"loss": 0.25})
+        assert len(lines(tmp_path)) == 2
+        monkeypatch.setattr(metrics, "PUBLISH_S", 1e9)
+        writer.write(2, {"loss": 0.125})
+        assert len(lines(tmp_path)) == 2
+        writer.publish()  # As a checkpoint is saved.
+        assert len(lines(tmp_path)) == 3
+    assert list((tmp_path / "tensorboard").iterdir())
+    with Writer(tmp_path, next_step=2) as writer:
+        writer.write(2, {"loss": 7.0})
+    assert [json.loads(line)["loss"] for line in lines(tmp_path)] == [0.5, 0.25, 7.0]
+
+
+def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with Writer(tmp_path, next_step=0) as writer:
+        writer.write(0, {"loss": 0.5})
+        writer.write_samples(0, [{"step": 0}])
+        writer.publish()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

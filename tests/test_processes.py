@@ -1,23 +1,36 @@
-"""Two processes of four devices each, joined by jax.distributed, sample as one would."""
+"""Two processes of four devices each, joined by jax.distributed, do what one would; and when
+one of them dies, so does the other, and the next start goes on."""
 
 import json
+import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
+import pytest
+import test_runs
 import test_sampler as shared
+import test_steps
 
-from klear_jax import sampler
+from klear_jax import hosts, prepare_data, sampler
+from klear_jax.errors import InputError
+
+TESTS = pathlib.Path(__file__).parent
+pytestmark = test_runs.pytestmark
 
 
-def test_two_processes_draw_what_one_does():
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    script = pathlib.Path(__file__).with_name("processes.py")
-    command = [sys.executable, str(script), str(port), "2"]
+        return free.getsockname()[1]
+
+
+def test_two_processes_do_what_one_does():
+    command = [sys.executable, str(TESTS / "processes.py"), str(free_port()), "2"]
     workers = [
         subprocess.Popen(
             [*command, str(index)],
@@ -38,6 +51,13 @@ def test_two_processes_draw_what_one_does():
             worker.kill()
     # The same samples, bit for bit, in the same order: the same decisions.
     assert results[0] == results[1]
+    assert results[0]["told"] == [[0, 0], [1, 100_000]]
+    params = test_steps.make_params()
+    rows = test_steps.make_rows(params)
+    alone = test_steps.make_layout(1, 1, 1)
+    for name, losses in results[0]["losses"].items():
+        expected = test_steps.five_updates(name, alone, params, rows)
+        np.testing.assert_allclose(losses, expected, rtol=1e-4)
     want = sampler.generate(
         shared.make_params(), shared.CONFIG, shared.PROMPTS, **shared.SAMPLED
     )
@@ -45,3 +65,132 @@ def test_two_processes_draw_what_one_does():
     for group, other in zip(results[0]["logprobs"], want, strict=True):
         for logprobs, sample in zip(group, other, strict=True):
             np.testing.assert_allclose(logprobs, sample.logprobs, atol=1e-5)
+
+
+def small_gppo(data):
+    config = test_runs.small_gppo(data)
+    config.evaluation.every = 0  # Fewer programs to compile.
+    return config
+
+
+CONFIG_FILE = """
+import pathlib
+import test_runs
+
+def get_config():
+    config = test_runs.small_gppo(pathlib.Path({data!r}))
+    config.evaluation.every = 0
+    return config
+"""
+
+
+class Run:
+    """The processes of one start of a run, as launch/ starts them."""
+
+    def __init__(self, folder, workdir):
+        command = [sys.executable, "-m", "klear_jax.train"]
+        command += [f"--config={folder / 'config.py'}", f"--workdir={workdir}"]
+        port = free_port()
+        self.logs = [folder / f"process_{i}.log" for i in range(2)]
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            environment = os.environ | {
+                "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": "4",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+            }
+            with log.open("w") as out:
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+                )
+
+    def wait(self, seconds):
+        return [process.wait(timeout=seconds) for process in self.processes]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def steps_written(workdir):
+    file = workdir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
+    settings = {
+        "task": "chain_sum",
+        "num_problems": 400,
+        "seed": 0,
+        "direct_share": 0.5,
+        "generator": {},
+    }
+    prepare_data.prepare(tmp_path / "data", settings)
+    text = CONFIG_FILE.format(data=str(tmp_path / "data"))
+    (tmp_path / "config.py").write_text(text)
+    workdir = tmp_path / "run"
+    with Run(tmp_path, workdir) as run:
+        deadline = time.monotonic() + 300
+        while steps_written(workdir) < 5:  # There is a checkpoint of step 3.
+            assert run.processes[1].poll() is None, run.logs[1].read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.processes[1].send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        code, _ = run.wait(60)
+        assert time.monotonic() - died < 60
+        assert code != 0
+        assert "The following tasks are unhealthy" in run.logs[0].read_text()
+    with Run(tmp_path, workdir) as run:
+        assert run.wait(300) == [0, 0], run.logs[0].read_text()[-3000:]
+        assert "GPPO" in run.logs[0].read_text()  # The first alone speaks.
+        assert "GPPO" not in run.logs[1].read_text()
+    alone = tmp_path / "alone"
+    test_runs.start(small_gppo(tmp_path / "data"), alone)
+    lines, expected = (
+        test_runs.read_lines(one / "metrics.jsonl") for one in (workdir, alone)
+    )
+    assert [line["step"] for line in lines] == list(range(6))
+    for name in ("loss", "entropy", "grad_norm", "reward/mean", "samples/groups_used"):
+        np.testing.assert_allclose(
+            [line[name] for line in lines],
+            [line[name] for line in expected],
+            rtol=1e-3,
+            atol=1e-6,
+            err_msg=name,
+        )
+    for step in range(6):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        ours, theirs = (test_runs.read_lines(w / name) for w in (workdir, alone))
+        for key in ("response", "reward", "tokens"):
+            if key in ours[0]:
+                assert [row[key] for row in ours] == [row[key] for row in theirs]
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES must be"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "two",
+                "JAX_PROCESS_ID": "0",
+            },
+            "JAX_NUM_PROCESSES must be a number, not 'two'",
+        ),
+    ],
+)
+def test_half_an_environment_is_one_sentence(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        hosts.join()

@@ -173,6 +173,34 @@ def test_gppo_killed_and_resumed_equals_undisturbed(gppo_run, tmp_path, monkeypa
     assert_same_run(workdir, tmp_path / "run")
 
 
+def test_a_run_goes_on_with_fewer_devices(sft_run, tmp_path, monkeypatch):
+    """Two steps on 8 devices, two on 4, two on one, with data streams that outlive it."""
+    _, config = sft_run
+    config = config.copy_and_resolve_references()
+    config.evaluation.every = 0
+    config.checkpoint.every = 2
+    config.data.streams = 4
+    start(config, tmp_path / "whole")
+    devices = jax.devices()
+    start_and_kill(config, tmp_path / "run", monkeypatch, at_step=2)
+    for count, at_step in ((4, 4), (1, None)):
+        config.mesh.fsdp = min(2, count)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda *_, count=count: devices[:count])
+            if at_step:
+                start_and_kill(config, tmp_path / "run", monkeypatch, at_step)
+            else:
+                start(config, tmp_path / "run")
+    whole, parts = (
+        read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")
+    )
+    assert [line["step"] for line in parts] == list(range(6))
+    for name in ("loss", "grad_norm", "tokens", "tokens_trained", "row_fill"):
+        np.testing.assert_allclose(
+            [line[name] for line in parts], [line[name] for line in whole], rtol=1e-4
+        )
+
+
 def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
     """Phases end when half of their groups are complete; the others go on in the next,
     also when the process that began them was killed."""

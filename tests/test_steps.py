@@ -69,8 +69,7 @@ def loss(name, layout=None, **model):
     return functools.partial(steps.gppo_loss, positive_coef=0.1, clip=CLIP, **model)
 
 
-@pytest.fixture(scope="module")
-def params():
+def make_params():
     rng = np.random.default_rng(0)
 
     def init(param):
@@ -81,7 +80,16 @@ def params():
 
 
 @pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
 def rows(params):
+    return make_rows(params)
+
+
+def make_rows(params):
     """Eight sequences of 4 to 8 tokens, one a row, with all that a loss reads."""
     rng = np.random.default_rng(1)
     length = np.array([8, 4, 7, 5, 8, 8, 6, 5])[:, None]
@@ -285,6 +293,32 @@ def compiled(name, layout, params, **model):
     shardings = steps.state_shardings(state, params_shardings, layout)
     program = steps.compile_train_step(step, layout, shardings)
     return sharding.put(state, shardings), program, shardings
+
+
+def five_updates(name, layout, params, rows):
+    """The losses of five updates on the same rows, as on a recorded rollout."""
+    state, program, _ = compiled(name, layout, params)
+    micro = steps.micro_batches(rows, 8, 1, layout)
+    losses = []
+    for _ in range(5):
+        state, metrics = program(state, micro, 1, 1e-2)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "name, meshes",
+    [
+        ("lm", [(8, 1, 1), (2, 2, 2)]),
+        ("gppo", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]),
+    ],
+)
+def test_five_updates_are_the_same_in_every_layout(params, rows, name, meshes):
+    want = five_updates(name, make_layout(1, 1, 1), params, rows)
+    assert max(want) - min(want) > 0.05  # They do something.
+    for mesh in meshes:
+        got = five_updates(name, make_layout(*mesh), params, rows)
+        np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=str(mesh))
 
 
 GOLDEN = {"loss": 0.7919383, "grad_norm": 4.44613, "update_norm": 0.1364962}

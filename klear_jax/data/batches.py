@@ -1,19 +1,20 @@
 """Batches for the loops: packed rows for SFT, prompts for RL and evaluation.
 
-The iterators are grain's: `get_state` and `set_state` (or orbax with
-`grain.checkpoint.CheckpointSave`) carry on with exactly the batches that were to come.
+Iterators have `get_state` and `set_state`, of JSON values: they carry on with exactly the
+batches that were to come, also on another number of processes.
 """
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import grain
 import numpy as np
 import tqdm
 
+from klear_jax import hosts
 from klear_jax.data.examples import Example
 from klear_jax.errors import InputError
 from klear_jax.tokens import Tokenizer
@@ -25,9 +26,48 @@ IN_PROCESS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 PACKING_POOL = 128
 
 
+class Streams:
+    """An iterator over batches whose row i comes from stream i modulo their number.
+
+    A stream is an iterator over parts of batches, made from examples of its own; so what is
+    in a batch does not depend on who reads which stream. Rows of streams that this process
+    does not read are empty here.
+    """
+
+    def __init__(self, mine: Mapping[int, grain.DatasetIterator], count: int):
+        self._mine, self._count = dict(mine), count
+
+    def __iter__(self) -> "Streams":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        parts = {stream: next(it, None) for stream, it in self._mine.items()}
+        parts = {stream: part for stream, part in parts.items() if part is not None}
+        if not parts:
+            raise StopIteration
+        like = next(iter(parts.values()))
+        batch = {
+            name: np.zeros((len(x) * self._count, *x.shape[1:]), x.dtype)
+            for name, x in like.items()
+        }
+        for stream, part in parts.items():
+            for name, x in part.items():
+                batch[name][stream :: self._count] = x
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Of all streams, whoever reads them; all processes must ask."""
+        mine = {str(stream): it.get_state() for stream, it in self._mine.items()}
+        return {stream: s for part in hosts.gather(mine) for stream, s in part.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        for stream, it in self._mine.items():
+            it.set_state(state[str(stream)])
+
+
 @dataclasses.dataclass(frozen=True)
 class SftBatches:
-    """An iterator of batches and what one epoch of it holds (on this shard).
+    """An iterator of batches and what one epoch of it holds (as far as it is read here).
 
     Attributes:
       iterator: of dicts of int32 arrays [B, T]: tokens; mask (1 = trained: the response
@@ -38,7 +78,7 @@ class SftBatches:
       num_dropped: samples left out because they are longer than a row.
     """
 
-    iterator: grain.DatasetIterator
+    iterator: Streams
     num_samples: int
     num_tokens: int
     num_dropped: int
@@ -54,8 +94,8 @@ def sft_batches(
     num_epochs: int | None = None,
     pack: bool = True,
     too_long: Literal["error", "drop"] = "error",
-    shard_index: int = 0,
-    shard_count: int = 1,
+    num_streams: int = 1,
+    my_rows: Sequence[int] | None = None,
 ) -> SftBatches:
     """Shuffles (anew in each epoch), tokenises and packs samples into rows.
 
@@ -63,52 +103,47 @@ def sft_batches(
       examples: with responses.
       tokenizer: its chat template makes the prompt, its first stop id ends the response.
       row_tokens: tokens of a row (T).
-      rows_per_batch: rows of a batch over all shards; this shard's B is its equal part.
+      rows_per_batch: rows of a batch (B).
       seed: of the order.
       num_epochs: then the iterator ends, its last batch filled up with empty rows; None:
         never.
       pack: several samples a row, or one.
       too_long: what becomes of a sample longer than a row.
-      shard_index: which of shard_count equal parts of the examples is read.
-      shard_count: as a rule, the number of hosts.
+      num_streams: the examples are dealt to so many `Streams`, each packed by itself.
+      my_rows: of a batch, those that this process needs; None: all.
 
     Raises:
       InputError: an example without response or longer than a row; nothing left.
     """
-    rows = _share(rows_per_batch, "rows_per_batch", shard_count)
-    mine = examples[shard_index::shard_count]
-    samples = []
-    for example in tqdm.tqdm(mine, desc="tokenising", unit="", delay=1):
-        sample = _sft_sample(example, tokenizer)
-        length = len(sample["tokens"])
-        if length <= row_tokens:
-            samples.append(sample)
-        elif too_long == "error":
-            raise InputError(
-                f"{example.origin} has {length} tokens, but a row has {row_tokens}"
-            )
-    if not samples:
-        raise InputError(f"none of {len(mine)} samples fits a row of {row_tokens}")
-    dataset = (
-        grain.MapDataset.source(samples)
-        .shuffle(seed)
-        .repeat(num_epochs)
-        .to_iter_dataset(IN_PROCESS)
-    )
-    dataset = grain.experimental.BestFitPackIterDataset(
-        dataset,
-        length_struct={"tokens": row_tokens, "mask": row_tokens},
-        num_packing_bins=PACKING_POOL,
-        seed=seed,
-        max_sequences_per_bin=None if pack else 1,
-    )
-    dataset = dataset.batch(rows, batch_fn=functools.partial(_stack, num_rows=rows))
-    return SftBatches(
-        iterator=iter(dataset),
-        num_samples=len(samples),
-        num_tokens=sum(len(sample["tokens"]) for sample in samples),
-        num_dropped=len(mine) - len(samples),
-    )
+    if rows_per_batch % num_streams:
+        raise InputError(
+            f"{rows_per_batch} rows of a batch cannot come from {num_streams} streams equally"
+        )
+    if my_rows is None:
+        my_rows = range(rows_per_batch)
+    rows = rows_per_batch // num_streams
+    streams, counts = {}, np.zeros(3, int)
+    for stream in sorted({row % num_streams for row in my_rows}):
+        mine = examples[stream::num_streams]
+        samples = _sft_samples(mine, tokenizer, row_tokens, too_long)
+        lengths = [len(sample["tokens"]) for sample in samples]
+        counts += len(samples), sum(lengths), len(mine) - len(samples)
+        dataset = (
+            grain.MapDataset.source(samples)
+            .shuffle(seed)
+            .repeat(num_epochs)
+            .to_iter_dataset(IN_PROCESS)
+        )
+        dataset = grain.experimental.BestFitPackIterDataset(
+            dataset,
+            length_struct={"tokens": row_tokens, "mask": row_tokens},
+            num_packing_bins=PACKING_POOL,
+            seed=seed,
+            max_sequences_per_bin=None if pack else 1,
+        )
+        stack = functools.partial(_stack, num_rows=rows)
+        streams[stream] = iter(dataset.batch(rows, batch_fn=stack))
+    return SftBatches(Streams(streams, num_streams), *map(int, counts))
 
 
 def prompt_batches(
@@ -119,23 +154,20 @@ def prompt_batches(
     max_prompt_tokens: int,
     seed: int,
     too_long: Literal["error", "truncate_left"] = "error",
-    shard_index: int = 0,
-    shard_count: int = 1,
 ) -> grain.DatasetIterator:
     """An endless iterator of prompts, shuffled anew in each epoch.
 
     An epoch's last prompts that do not fill a step wait for another epoch, so no step has
-    a prompt twice. Which prompts a step has does not depend on the shards.
+    a prompt twice. Every process has all of them: each decides for itself, as all do, which
+    sample is drawn where.
 
     Args:
       examples: with answers.
       tokenizer: its chat template makes the prompt.
-      prompts_per_step: over all shards; a batch is this shard's equal part.
+      prompts_per_step: of a batch.
       max_prompt_tokens: the limit.
       seed: of the order.
       too_long: 'truncate_left' keeps the last max_prompt_tokens tokens of a longer prompt.
-      shard_index: which of shard_count equal parts of each step is read.
-      shard_count: as a rule, the number of hosts.
 
     Returns:
       Of dicts as `all_prompts` returns.
@@ -144,7 +176,6 @@ def prompt_batches(
       InputError: an example without answer or with too long a prompt; fewer prompts than
         a step needs.
     """
-    _share(prompts_per_step, "prompts_per_step", shard_count)
     prompts = _prompts(examples, tokenizer, max_prompt_tokens, too_long)
     if len(prompts) < prompts_per_step:
         raise InputError(
@@ -156,7 +187,7 @@ def prompt_batches(
         .batch(
             prompts_per_step,
             drop_remainder=True,
-            batch_fn=lambda step: _columns(step[shard_index::shard_count]),
+            batch_fn=_columns,
         )
         .repeat()
         .to_iter_dataset(IN_PROCESS)
@@ -176,10 +207,30 @@ def all_prompts(
     return _columns(_prompts(examples, tokenizer, max_prompt_tokens, too_long))
 
 
-def _share(count: int, name: str, shard_count: int) -> int:
-    if count % shard_count:
-        raise InputError(f"{name}={count} is no multiple of {shard_count} shards")
-    return count // shard_count
+def _sft_samples(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    row_tokens: int,
+    too_long: Literal["error", "drop"],
+) -> list[dict[str, np.ndarray]]:
+    samples = []
+    for example in _progress(examples):
+        sample = _sft_sample(example, tokenizer)
+        length = len(sample["tokens"])
+        if length <= row_tokens:
+            samples.append(sample)
+        elif too_long == "error":
+            raise InputError(
+                f"{example.origin} has {length} tokens, but a row has {row_tokens}"
+            )
+    if not samples:
+        raise InputError(f"none of {len(examples)} samples fits a row of {row_tokens}")
+    return samples
+
+
+def _progress(examples: Sequence[Example]) -> "tqdm.tqdm[Example]":
+    quiet = not hosts.first()
+    return tqdm.tqdm(examples, desc="tokenising", unit="", delay=1, disable=quiet)
 
 
 def _sft_sample(example: Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -215,7 +266,7 @@ def _prompts(
     too_long: Literal["error", "truncate_left"],
 ) -> list[dict[str, Any]]:
     prompts, cut = [], 0
-    for example in tqdm.tqdm(examples, desc="tokenising", unit="", delay=1):
+    for example in _progress(examples):
         if example.answer is None:
             raise InputError(f"{example.origin} has no answer to compare with")
         tokens = tokenizer.prompt(example.messages)

@@ -1,0 +1,121 @@
+"""The processes of a run, as a rule one a host: how they meet, agree and end together.
+
+All of them go through the same steps in the same order, and decide the same from what all
+know. What one alone knows (the rewards it has computed, its place in the data) goes round
+with `gather`. The first writes what the run writes, and speaks for all.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from klear_jax.errors import InputError
+
+# A process that is not heard of for so long is dead, and the others end with it.
+HEARTBEAT_S = 30
+# Of what `gather` sends at once: one size, so one program.
+CHUNK_BYTES = 1 << 16
+
+
+def join() -> None:
+    """Becomes one of the processes of a run, where there are several; before any JAX work.
+
+    They find each other by themselves on Cloud TPUs, under Slurm and Open MPI; elsewhere
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say it.
+
+    Raises:
+        InputError: these variables are not all set, or not numbers.
+    """
+    if os.environ.get("SLURM_NTASKS") == "1":  # JAX would take one GPU of the node.
+        return
+    found = _from_environment()
+    try:
+        jax.distributed.initialize(
+            **found, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
+        )
+    except jax.errors.JaxRuntimeError:  # The others do not answer.
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+    ):  # Nothing to find; or JAX is in use, for one process.
+        if found:
+            raise
+        return
+    if not first():  # What all have to say, the first says. Errors come from any.
+        logging.getLogger("klear_jax").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+
+
+def _from_environment() -> dict[str, Any]:
+    names = {
+        "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+        "num_processes": "JAX_NUM_PROCESSES",
+        "process_id": "JAX_PROCESS_ID",
+    }
+    found = {
+        ours: os.environ[name] for ours, name in names.items() if name in os.environ
+    }
+    if not found.keys() & {"num_processes", "process_id"}:
+        return found
+    if missing := [name for ours, name in names.items() if ours not in found]:
+        raise InputError(f"{', '.join(missing)} must be set too, in each process")
+    for name in ("num_processes", "process_id"):
+        if not found[name].isdecimal():
+            raise InputError(f"{names[name]} must be a number, not {found[name]!r}")
+        found[name] = int(found[name])
+    return found
+
+
+def index() -> int:
+    return jax.process_index()
+
+
+def count() -> int:
+    return jax.process_count()
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """A JSON value of each process, in their order, on all of them; all wait for it."""
+    if count() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    sizes = [int(size) for (size,) in _exchange(np.int64([len(data)]))]
+    parts = [b""] * count()
+    for start in range(0, max(sizes), CHUNK_BYTES):
+        chunk = np.zeros(CHUNK_BYTES, np.uint8)
+        mine = np.frombuffer(data[start : start + CHUNK_BYTES], np.uint8)
+        chunk[: len(mine)] = mine
+        for i, part in enumerate(_exchange(chunk)):
+            parts[i] += part.tobytes()
+    return [json.loads(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _exchange(x: np.ndarray) -> np.ndarray:
+    # As bytes: without 64-bit mode, JAX would cut an int64 in two.
+    return multihost_utils.process_allgather(x.view(np.uint8)).view(x.dtype)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Ends this process with its cause. The others hear of it within HEARTBEAT_S; waiting
+    for them, as an exit does, would be for what they wait for from here."""
+    wrong_input = isinstance(error, InputError)
+    cause = str(error) if wrong_input else "".join(traceback.format_exception(error))
+    print(
+        f"error in process {index()} of {count()}: {cause}", file=sys.stderr, flush=True
+    )
+    os._exit(2 if wrong_input else 1)
