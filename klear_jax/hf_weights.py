@@ -444,5 +444,5 @@ def _write_tensors(
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            numbers = np.ascontiguousarray(tensor.fetch().astype(dtype))
+            numbers = np.ascontiguousarray(tensor.fetch(), dtype)
             out.write(numbers.reshape(-1).view(np.uint8).data)

@@ -32,11 +32,12 @@ def config_of(gigabytes):
     """Shapes of Qwen3-1.7B, with as many layers as it takes."""
     shape = {"vocab_size": 151_936, "width": 2_048, "num_heads": 16, "num_kv_heads": 8}
     shape |= {"head_dim": 128, "mlp_width": 6_144, "rope_theta": 1e6, "norm_eps": 1e-6}
-    one = qwen3.Config(num_layers=1, tied=True, max_positions=40_960, **shape)
+    shape |= {"qk_norm": True, "tied": True, "max_positions": 40_960}
+    one = qwen3.Config(num_layers=1, **shape)
     table = qwen3.param_table(one)
     layer = sum(int(np.prod(p.shape)) for p in table["layers"].values())
     layers = max(round((gigabytes * 1e9 / 2 - 151_936 * 2_048) / layer), 1)
-    return qwen3.Config(num_layers=layers, tied=True, max_positions=40_960, **shape)
+    return qwen3.Config(num_layers=layers, **shape)
 
 
 class Peak:
