@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     # (On GPUs, JAX calls each node a slice; there the mesh may lie as it will.)
     tpus = [device for device in devices if device.platform == "tpu"]
-    slices = len({device.slice_index for device in tpus}) or 1
+    slices = len({getattr(device, "slice_index", 0) for device in tpus}) or 1
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = len(devices) // max(-math.prod(sizes), 1)
