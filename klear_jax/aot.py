@@ -40,6 +40,8 @@ def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     # Without these libtpu looks for the machine that it is meant to run on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Nor is there a chip that two who only compile would fight for.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, num_slices=num_slices
