@@ -110,7 +110,7 @@ def compile_and_look(
     buffers = []
     for name, size in sizes:
         array, op_name = made.get(name, ("", name))
-        buffers.append(Buffer(op_name, array, int(size)))
+        buffers.append(Buffer(op_name.replace("\\'", "'"), array, int(size)))
     return compiled, buffers
 
 

@@ -63,14 +63,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh.data={sizes[0]} must be a multiple of the {slices} slices: only replicas "
             "of the train state lie on several, for what is between them is slow"
         )
-    auto = (AxisType.Auto,) * 3
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=auto)
     within = sizes[0] // slices, *sizes[1:]
-    grid = mesh_utils.create_hybrid_device_mesh(
-        within, (slices, 1, 1), devices, allow_split_physical_axes=True
-    )
-    return Mesh(grid, MESH_AXES, axis_types=auto)
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(
+            within, devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @dataclasses.dataclass(frozen=True)
