@@ -192,6 +192,7 @@ def abstract_batch(shape: tuple[int, int, int], floats: list[str] = ()) -> steps
 
 
 def compile_program(traced: jax.stages.Traced) -> Program:
+    """Compiles it for the devices of its mesh, and reads what the compiler says of it."""
     start = time.perf_counter()
     compiled, buffers = aot.compile_and_look(traced.lower())
     return Program(
@@ -257,6 +258,7 @@ def make_plan(
 
 
 def advice(program: str) -> str:
+    """What would help where this program is the one that does not fit."""
     if program in ("update", "score"):
         return (
             "raise mesh.fsdp or mesh.tensor, lower micro_rows, or set remat='offload'"
