@@ -5,8 +5,6 @@ N = K x G query heads, K key/value heads, H head width; A pages of the pool, P t
 page, M pages of a sequence, Q queries of a block, X pairs of slot and page.
 """
 
-import functools
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -18,9 +16,10 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 
 from klear_jax.sharding import Layout, map_shards, platform
 
-QUERY_BLOCK = (
-    512  # Rows longer than this never hold all of their [T, S] scores at once.
+LONG_ROW = (
+    512  # Tokens; of XLA: a longer row never holds all of its [T, S] scores at once.
 )
+SHORT_BLOCK, LONG_BLOCK = 64, 512  # Queries of a block in a short and in a long row.
 MASKED = -1e30  # Finite, so that a fully masked row of scores stays a number.
 # Of the TPU kernel of training: queries and keys of a tile. A tile of keys is read once for
 # so many queries: 1,024 operations a byte, where v6e, the hungriest, needs 560.
@@ -150,38 +149,65 @@ def flash_attention(
 def blockwise_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """`attention` in XLA: QUERY_BLOCK queries after the other, each block against all keys."""
+    """`attention` in XLA, a block of queries at a time: in a short row against the keys that it
+    can see, in a long one against all.
+
+    Heads come first, and the queries that share a key head form one matrix: as einsum would
+    lay them out, XLA's CPU backend takes twice as long.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    index_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    attend = functools.partial(_attend, k_BTKH, v_BTKH, index_BT, segment_ids_BT)
-    if T <= QUERY_BLOCK:
-        return attend(q_BTKGH, index_BT, segment_ids_BT).reshape(q_BTNH.shape)
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+    index_T = jnp.arange(T)
 
-    def blocks(x_BT):
-        pad = -T % QUERY_BLOCK
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, pad)] + [(0, 0)] * (x_BT.ndim - 2))
-        x_BXT = x_BT.reshape(B, -1, QUERY_BLOCK, *x_BT.shape[2:])
-        return jnp.moveaxis(x_BXT, 1, 0)
+    def attend(q_BKGtH, index_t, segment_ids_Bt, end):
+        sees_BtS = (index_T[None, None, :end] <= index_t[None, :, None]) & (
+            segment_ids_BT[:, None, :end] == segment_ids_Bt[:, :, None]
+        )
+        return _attend(q_BKGtH, k_BKHT[..., :end], v_BKTH[:, :, :end], sees_BtS)
 
-    queries = (blocks(q_BTKGH), blocks(index_BT), blocks(segment_ids_BT))
-    out_XBTKGH = jax.lax.map(lambda block: jax.checkpoint(attend)(*block), queries)
-    return jnp.moveaxis(out_XBTKGH, 0, 1).reshape(B, -1, N, H)[:, :T]
+    if T <= LONG_ROW:
+        cuts = [slice(start, start + SHORT_BLOCK) for start in range(0, T, SHORT_BLOCK)]
+        outs = [
+            attend(
+                q_BKGTH[:, :, :, cut], index_T[cut], segment_ids_BT[:, cut], cut.stop
+            )
+            for cut in cuts
+        ]
+        out_BKGTH = jnp.concatenate(outs, axis=3)
+    else:
+
+        def blocks(x, axis):
+            pads = [(0, 0)] * x.ndim
+            pads[axis] = (0, -T % LONG_BLOCK)
+            x = jnp.pad(x, pads)
+            x = x.reshape(*x.shape[:axis], -1, LONG_BLOCK, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x, axis, 0)
+
+        queries = (blocks(q_BKGTH, 3), blocks(index_T, 0), blocks(segment_ids_BT, 1))
+        # Scores are computed anew in the backward pass.
+        attend_all = jax.checkpoint(lambda block: attend(*block, T))
+        out_XBKGtH = jax.lax.map(attend_all, queries)
+        out_BKGTH = jnp.moveaxis(out_XBKGtH, 0, 3)
+        out_BKGTH = out_BKGTH.reshape(*q_BKGTH.shape[:3], -1, H)[:, :, :, :T]
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
-def _attend(k_BSKH, v_BSKH, index_BS, segment_BS, q_BTKGH, index_BT, segment_BT):
-    """Attention of some queries to all keys; both know their index and segment."""
-    sees_BTS = (index_BS[:, None, :] <= index_BT[:, :, None]) & (
-        segment_BS[:, None, :] == segment_BT[:, :, None]
+def _attend(q_BKGTH, k_BKHS, v_BKSH, sees_BTS):
+    """Attention of some queries to the first S keys."""
+    B, K, G, T, H = q_BKGTH.shape
+    scores_BKCS = jnp.einsum(
+        "BKCH,BKHS->BKCS",
+        q_BKGTH.reshape(B, K, G * T, H),
+        k_BKHS,
+        preferred_element_type=jnp.float32,
     )
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    scores_BKGTS *= q_BTKGH.shape[-1] ** -0.5
+    scores_BKGTS = _scale(scores_BKCS, H).reshape(B, K, G, T, -1)
     scores_BKGTS = jnp.where(sees_BTS[:, None, None], scores_BKGTS, MASKED)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    out_BKCH = probs_BKGTS.reshape(B, K, G * T, -1) @ v_BKSH
+    return out_BKCH.reshape(q_BKGTH.shape)
 
 
 def paged_attention(

@@ -79,6 +79,7 @@ def phases(model, micro_rows):
         shardings = steps.state_shardings(
             state, qwen3.params_shardings(config, layout), layout
         )
+        state = jax.device_put(state, shardings)
         step = functools.partial(steps.train_step, loss_fn=loss_fn, tx=tx)
         program = steps.compile_train_step(step, layout, shardings)
         kept = [state]
