@@ -8,7 +8,7 @@ steps 200 to 240 (Fig. 2b; clip-higher 58.5, CISPO 58.0); Klear-Reasoner-8B, Tab
 of LiveCodeBench v5 61.6 and v6 53.1.
 
 Data: Kwai-Klear/KlearReasoner-CodeSub-15K, the published part of the authors' 18K problems.
-Programs run in a sandbox: every host needs bubblewrap (klear_jax/rewards/sandbox.py). The
+Programs run in a sandbox: every host should have bubblewrap (klear_jax/rewards/sandbox.py). The
 benchmark: JSON lines with `prompt` and `answer`, the tests as rewards/code.py has them.
 
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository

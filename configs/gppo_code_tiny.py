@@ -4,7 +4,7 @@
 
 The model writes a program for a problem it has never seen; its reward is the share of 16
 tests that pass (2p - 1). With --config.rewards.kinds.code.options.soft=False all must pass.
-Needs bubblewrap (klear_jax/rewards/sandbox.py). Keys that are not here are those of
+Wants bubblewrap (klear_jax/rewards/sandbox.py). Keys that are not here are those of
 gppo_tiny; after a math stage, --config.init_from is that stage's workdir.
 """
 

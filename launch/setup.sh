@@ -32,7 +32,8 @@ make_venv() {
   fi
 }
 
-# Programs of the model run in it. Without it, math works, and code is refused.
+# Programs of the model run in it. Without it, math works, and code has weaker walls or is
+# refused, as klear_jax/rewards/sandbox.py says.
 find_bubblewrap() {
   if command -v bwrap >/dev/null || [ "$(uname)" != Linux ]; then return; fi
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&

@@ -131,7 +131,7 @@ def test_what_programs_for_functional_tests_may_use():
     program = """
 from __future__ import annotations
 def build(values: List[int]) -> Optional[TreeNode]:
-    q = deque(values); heappush([], 1)
+    q = deque(values); heappush([], 1); bisect.bisect_left([1], 1); bisect_left([1], 1)
     return list_node([1, 2]), tree_node([1, None, 2, 3]), np.arange(3), pow(2, 10, 7), sqrt(4), inf
 """
     tests = [

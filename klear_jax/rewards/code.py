@@ -214,11 +214,11 @@ def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
         expected = [stdout for _, stdout in tests.cases]
     else:
         expected = [secrets.token_hex(16) for _ in tests.cases]
-        prelude, driver = _prelude(program), _DRIVERS[tests.form]
+        driver = _DRIVERS[tests.form]
         programs = [
             (
                 driver.format(
-                    prelude=prelude,
+                    prelude=_prelude(program + "\n" + test),
                     helpers=_HELPERS,
                     program=program,
                     test=test,
@@ -305,6 +305,7 @@ from operator import *
 from math import *
 from builtins import *
 from copy import deepcopy
+import bisect  # Which its own star import has made the function.
 
 inf = math.inf
 
@@ -357,7 +358,8 @@ def is_same_tree(a, b):
 
 
 def _prelude(program: str) -> str:
-    """With numpy and pandas only for programs that name them: they take long to import."""
+    """With numpy and pandas only for programs, or tests, that name them: they take long to
+    import."""
     text = _PRELUDE
     for package, name in (("numpy", "np"), ("pandas", "pd")):
         if re.search(rf"\b({name}|{package})\b", program):

@@ -46,6 +46,8 @@ REWARDS = {
     "code": "klear_jax.rewards.code:score",
 }
 
+# How the detail of an outcome begins when no worker could take the task.
+NO_WORKER = "no worker"
 # Interpreter and import, on a busy host with a slow disk.
 _START_TIMEOUT_S = 120.0
 
@@ -223,7 +225,7 @@ class _Worker:
             outcome = self._receive()
         except (OSError, EOFError) as error:
             # A worker killed while idle shows here too; the task has another try.
-            return Outcome(math.nan, "error", f"no worker: {error}; {self.stop()}")
+            return Outcome(math.nan, "error", f"{NO_WORKER}: {error}; {self.stop()}")
         if outcome.status == "started":
             try:
                 self._channel.settimeout(timeout_s)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from klear_jax.errors import InputError
 from klear_jax.rewards import code, sandbox
-from klear_jax.rewards.pool import REWARDS, Pool, find_reward
+from klear_jax.rewards.pool import NO_WORKER, REWARDS, Pool, find_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,10 @@ def try_out(pool: Pool, config: RewardConfig, rows: Iterable[Row]) -> None:
         kind = config.kinds[name]
         answer = ground_truth(config, row.source, row.answer, seed="")
         outcome = pool.submit(kind.function, "", answer, **kind.resolved()).result()
+        if outcome.detail.startswith(
+            NO_WORKER
+        ):  # Not the config's fault, and may pass.
+            raise RuntimeError(outcome.detail)
         if outcome.status == "error":
             raise InputError(
                 f"the reward rewards.kinds.{name} ({kind.function}, with options "

@@ -12,8 +12,9 @@ How well that is kept depends on the host. `choose` finds the best that works he
 
     bubblewrap   all of the above. Debian and Ubuntu: apt-get install bubblewrap (0.7 or later)
     unshare      without a root of its own: a program can read, but not write, what its user
-                 (nobody, if we are root) can read. Memory that is no process's own (System
-                 V, memfd, shared maps) is not counted.
+                 (nobody, if we are root) can read, and reach its services through sockets
+                 that are files, where they are not in /run or /tmp. Memory that is no
+                 process's own (System V, memfd, shared maps) is not counted.
     rlimits      only limits, no isolation. Never chosen, only asked for.
 
 What this is not: a defence against bugs of the kernel. Memory is what is resident: pages
@@ -52,6 +53,7 @@ NOBODY = 65534  # Who runs the programs if we are root.
 PROCESSES = 32  # And threads, of a program.
 OPEN_FILES = 64
 FILE_MB = 16  # Of a file, and of what is printed; /tmp and /dev/shm hold twice that.
+CANNOT_START = 71  # How the supervisor ends when it could not start a program.
 _TICK_S = 0.05  # Between looks at the memory in use.
 _START_S = 20.0  # For all that is no program's time, on a busy host.
 
@@ -131,7 +133,7 @@ def choose(isolation: str = "auto") -> str:
     failures: list[str] = []
     for name in LADDER[:2] if isolation == "auto" else [isolation]:
         try:
-            _run_all([("", "")], 20, 1024, name)
+            _check(*_run_all([("", "")], 20, 1024, name))
         except OSError as error:
             failures.append(f"{name}: {str(error).splitlines()[-1]}")
             continue
@@ -146,6 +148,12 @@ def choose(isolation: str = "auto") -> str:
         "bubblewrap 0.7 or later and allow user namespaces; or, if nothing here is worth "
         "protecting, ask for the isolation 'rlimits'"
     )
+
+
+def _check(result: Result) -> None:
+    """Raises an OSError unless a program that does nothing has ended well."""
+    if result.returncode or result.timed_out:
+        raise OSError(f"a program that does nothing ends so: {result}")
 
 
 def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
@@ -198,6 +206,8 @@ def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
         raise OSError(
             err.decode(errors="replace").strip() or "the sandbox did not start"
         )
+    if process.returncode == CANNOT_START:
+        raise OSError("the sandbox could not start a process for a program")
     results = list(_read(answers))[: len(programs)]
     missing = len(programs) - len(results)
     return results + [Result("", "", 128 + signal.SIGKILL, False)] * missing
@@ -272,8 +282,10 @@ def _unshare(limits: list[str], file_mb: int, code_fd: int, *_: int) -> list[str
         interpreter = interpreter.replace(f"{path}/", f"{at}/")
     script = f"""
         while read -r _ at _; do
+          case $at in *\\\\*) at=$(printf %b "$at") ;; esac  # A space is written as its number.
           mount -o remount,bind,ro "$at" 2> /dev/null || :  # Else it is not ours to write.
         done < /proc/mounts
+        [ ! -d /run ] || mount -t tmpfs -o size=64k,ro none /run  # Where services listen.
         mount -t tmpfs -o size={2 * file_mb}m none /dev/shm
         mount -t tmpfs -o size={2 * file_mb}m none /tmp
         cd /tmp
@@ -375,6 +387,8 @@ _FORBIDDEN = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
     "mount": (165, 40),
     "fsopen": (430, 430),
     "io_uring_setup": (425, 425),

@@ -19,6 +19,7 @@ import sys
 import time
 
 KILL = 9
+CANNOT_START = 71  # As `sandbox` knows it.
 SET_DUMPABLE = 4
 prctl = ctypes.CDLL(None).prctl
 
@@ -32,11 +33,15 @@ def supervise() -> str:
     for code, text in programs:
         # Files, for nobody need read them meanwhile, nor wait for who holds them open.
         streams = [unnamed_file(text), unnamed_file(b""), unnamed_file(b"")]
-        pid = os.fork()
+        try:
+            pid = os.fork()
+            pidfd = pid and os.pidfd_open(pid)
+        except OSError:  # Not the program's fault.
+            os._exit(CANNOT_START)
         if pid == 0:
             become_child(streams, timeout_s)
             return code
-        status, timed_out = wait(pid, timeout_s)
+        status, timed_out = wait(pid, pidfd, timeout_s)
         end_others(pid, alone)
         printed = list(map(read_all, streams[1:]))
         for stream in streams:
@@ -77,9 +82,8 @@ def become_child(streams, timeout_s):
     resource.setrlimit(resource.RLIMIT_CPU, (int(timeout_s) + 2,) * 2)
 
 
-def wait(pid, timeout_s):
+def wait(pid, pidfd, timeout_s):
     """The status of the child, and whether its time was over."""
-    pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd)
     deadline = time.monotonic() + timeout_s
