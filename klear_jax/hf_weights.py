@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ SHARD_BYTES = 5_000_000_000  # The most a file of a saved model holds.
 INDEX = "model.safetensors.index.json"
 TIED_ROWS = 1 << 14  # Compared at once.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+NUMPY_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
+HEADER_BYTES = 100_000_000  # The most that safetensors allows, too.
 
 
 def load(
@@ -260,8 +263,18 @@ def _hf_config(config: qwen3.Config, dtype: str) -> dict[str, Any]:
     }
 
 
-def _find_tensors(path: epath.Path) -> dict[str, epath.Path]:
-    """Tensor name -> the file it lies in."""
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file; for one that we read ourselves, its dtype and first byte."""
+
+    file: epath.Path
+    shape: tuple[int, ...]
+    dtype: jnp.dtype | None = None
+    start: int = 0
+
+
+def _find_tensors(path: epath.Path) -> dict[str, _Stored]:
+    """The tensors of a folder by name."""
     if (path / INDEX).exists():
         try:
             names = read_json(path / INDEX)["weight_map"].values()
@@ -278,8 +291,50 @@ def _find_tensors(path: epath.Path) -> dict[str, epath.Path]:
     for file in files:
         if not (path / file).exists():
             raise InputError(f"{path / file} does not exist")
-        with _open(path / file) as opened:
-            found |= dict.fromkeys(opened.keys(), path / file)
+        found |= _stored_in(path / file)
+    return found
+
+
+def _stored_in(file: epath.Path) -> dict[str, _Stored]:
+    """The tensors of a file by name."""
+    if _is_remote(file):
+        return _read_header(file)
+    with _open(file) as opened:
+        return {
+            name: _Stored(file, tuple(opened.get_slice(name).get_shape()))
+            for name in opened.keys()  # noqa: SIM118 (it is no dict)
+        }
+
+
+def _is_remote(file: epath.Path) -> bool:
+    """Whether it lies on gs://, where safetensors, which maps files, cannot open it."""
+    return "://" in str(file)
+
+
+def _read_header(file: epath.Path) -> dict[str, _Stored]:
+    """`_stored_in`, read by ourselves: how long the header is, 8 bytes, and the header, JSON."""
+    found = {}
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            opened.seek(0)
+            length = int.from_bytes(opened.read(8), "little")
+            if not 0 < length <= min(size - 8, HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(opened.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype = jnp.dtype(NUMPY_DTYPES[entry["dtype"]])
+            start, stop = entry["data_offsets"]
+            wanted = math.prod(entry["shape"]) * dtype.itemsize
+            if stop - start != wanted or not 0 <= start <= stop <= size - 8 - length:
+                raise ValueError(f"{name} is not where the header says")
+            found[name] = _Stored(
+                file, tuple(entry["shape"]), dtype, 8 + length + start
+            )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file} is damaged or cut off: {error}") from None
     return found
 
 
@@ -310,14 +365,9 @@ def _check_names(path, files, config):
     problems += [
         f"{name} is unknown" for name in sorted(set(files) - set(expected) - ignored)
     ]
-    shapes = {}
-    for file in {files[name] for name in set(expected) & set(files)}:
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
     for name in sorted(set(expected) & set(files)):
-        if shapes[name] != expected[name]:
-            problems.append(f"{name} has shape {shapes[name]}, not {expected[name]}")
+        if (shape := files[name].shape) != expected[name]:
+            problems.append(f"{name} has shape {shape}, not {expected[name]}")
     if problems:
         raise InputError(
             f"{path} does not hold the model of its config.json: {problems}"
@@ -325,7 +375,7 @@ def _check_names(path, files, config):
 
 
 def _check_tied(
-    path: epath.Path, files: Mapping[str, epath.Path], embed: qwen3.Param
+    path: epath.Path, files: Mapping[str, _Stored], embed: qwen3.Param
 ) -> None:
     """Raises an InputError if a head that is tied to the embedding has other numbers."""
     for start in range(0, embed.shape[0], TIED_ROWS):
@@ -339,19 +389,33 @@ def _check_tied(
 
 
 def _read(
-    files: Mapping[str, epath.Path], name: str, index: Sequence[slice]
+    files: Mapping[str, _Stored], name: str, index: Sequence[slice]
 ) -> np.ndarray:
     """A part of a tensor."""
-    with _open(files[name]) as opened:
+    stored = files[name]
+    if _is_remote(stored.file):
+        return _read_rows(stored, index)
+    with _open(stored.file) as opened:
         try:
             return opened.get_slice(name)[tuple(index)]
         except SafetensorError as error:
             raise InputError(f"tensor {name} cannot be read: {error}") from None
 
 
+def _read_rows(stored: _Stored, index: Sequence[slice]) -> np.ndarray:
+    """A part of a tensor, of which whole rows are fetched."""
+    first, stop, _ = index[0].indices(stored.shape[0])
+    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    with stored.file.open("rb") as opened:
+        opened.seek(stored.start + first * row_bytes)
+        data = opened.read((stop - first) * row_bytes)
+    rows = np.frombuffer(data, stored.dtype).reshape(stop - first, *stored.shape[1:])
+    return rows[(slice(None), *index[1:])]
+
+
 def _read_part(
     param: qwen3.Param,
-    files: Mapping[str, epath.Path],
+    files: Mapping[str, _Stored],
     index: Sequence[slice],
     dtype: jnp.dtype,
 ) -> np.ndarray:
@@ -369,7 +433,7 @@ def _read_part(
 
 def _read_layer(
     param: qwen3.Param,
-    files: Mapping[str, epath.Path],
+    files: Mapping[str, _Stored],
     name: str,
     index: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:

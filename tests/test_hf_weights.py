@@ -6,12 +6,14 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from klear_jax import hf_weights, qwen3
+from configs import sections
+from klear_jax import hf_weights, qwen3, sharding
 from klear_jax.errors import InputError
 
 ODD = pathlib.Path(__file__).parent / "golden" / "parity" / "odd"
@@ -318,6 +320,32 @@ def test_rotary_buffers_are_ignored(folder):
     edit_tensors(folder, **{name: np.ones(3, np.float32)})
     got, _ = hf_weights.load(folder, dtype=np.float32)
     assert_same_bits(got, random_params(QWEN3))
+
+
+def test_a_folder_on_an_object_store(shards, monkeypatch):
+    """safetensors cannot open it; what is read by ourselves is the same, whole and in parts."""
+    rules = sections.mesh(1, 1, 1).rules.to_dict() | {"vocab": ()}
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2, rules), jax.devices()[:4])
+    layout = sharding.Layout(mesh, rules)
+    want, _ = hf_weights.load(shards, dtype=jnp.bfloat16)
+    monkeypatch.setattr(hf_weights, "_is_remote", lambda file: True)
+    monkeypatch.setattr(hf_weights, "safe_open", None)
+    for where in (None, layout):
+        got, _ = hf_weights.load(shards, dtype=jnp.bfloat16, layout=where)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    file = min(shards.glob("*.safetensors"))
+    whole = file.read_bytes()
+    for broken in (
+        b"",
+        whole[:4],
+        whole[:100],
+        whole[:-1],
+        b"\xff" * 64,
+        b"\2" + whole[1:],
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(InputError, match=f"{file.name} is damaged or cut off"):
+            hf_weights.load(shards, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 3000, -1])
