@@ -76,7 +76,8 @@ def rewards(num_workers: int) -> ml_collections.ConfigDict:
     """The section `rewards`, with the authors' values.
 
     Args:
-        num_workers: processes that score, on each host.
+        num_workers: processes that score, of each process of the run: a host of TPUs, or
+            under Slurm a GPU, whose CPUS should then be as many.
     """
     c = ml_collections.ConfigDict()
     # Kinds of reward: a function ('math', 'math_judge' (no tags asked for), 'last_number',

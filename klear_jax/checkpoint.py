@@ -70,10 +70,10 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
     workdir = epath.Path(config.workdir)
     file = workdir / "config.json"
     text = json.dumps(dataclasses.asdict(config), indent=2)
-    new = not file.exists()
+    # Told by the first: a network disk would remember for all who look that nothing is there.
+    new = hosts.gather(hosts.first() and not file.exists())[0]
     if new and config.init_from:
         check_model(config.init_from, config.model)
-    hosts.gather(None)  # All have looked.
     if new and hosts.first():
         (workdir / "model").mkdir(parents=True, exist_ok=True)
         hf_weights.write_config(workdir / "model", config.model, "float32")

@@ -31,7 +31,7 @@ CONFIG_FILE = (
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs a command; an InputError is one line on stderr and exit code 2."""
+    """Runs a command; what the user has to see to (`hosts.exit_code`) is one line on stderr."""
     # A second run of the same program skips its compilation.
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
         cache = pathlib.Path("~/.cache/klear_jax").expanduser()
@@ -47,10 +47,11 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
         if jax.distributed.is_initialized():
             hosts.fail(error)
-        if not isinstance(error, InputError):
+        code = hosts.exit_code(error)
+        if code == 1:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
 
 
 def parse_flags(

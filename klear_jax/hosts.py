@@ -44,11 +44,10 @@ def join() -> None:
         )
     except jax.errors.JaxRuntimeError:  # The others do not answer.
         raise
-    except (
-        ValueError,
-        RuntimeError,
-    ):  # Nothing to find; or JAX is in use, for one process.
-        if found:
+    except (ValueError, RuntimeError):
+        # Nothing to find, or JAX is in use, for one process; if this is a worker of a pod,
+        # which libtpu knows, it has not found the others.
+        if found or count() > 1:
             raise
         return
     if not first():  # What all have to say, the first says. Errors come from any.
@@ -110,12 +109,21 @@ def _exchange(x: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(x.view(np.uint8)).view(x.dtype)
 
 
+def exit_code(error: Exception) -> int:
+    """2 for bad input, 3 for a loss that is no number (`metrics.require_finite`): started again,
+    the command would end so again. 1 for all else."""
+    codes = {InputError: 2, FloatingPointError: 3}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
 def fail(error: Exception) -> NoReturn:
     """Ends this process with its cause. The others hear of it within HEARTBEAT_S; waiting
     for them, as an exit does, would be for what they wait for from here."""
-    wrong_input = isinstance(error, InputError)
-    cause = str(error) if wrong_input else "".join(traceback.format_exception(error))
-    print(
-        f"error in process {index()} of {count()}: {cause}", file=sys.stderr, flush=True
-    )
-    os._exit(2 if wrong_input else 1)
+    code = exit_code(error)
+    cause = "".join(traceback.format_exception(error)) if code == 1 else str(error)
+    try:
+        where = f"process {index()} of {count()}"
+    except RuntimeError:  # That there are no devices may be the error.
+        where = "this process"
+    print(f"error in {where}: {cause}", file=sys.stderr, flush=True)
+    os._exit(code)

@@ -130,6 +130,9 @@ def require_finite(
 ) -> None:
     """Stops the run on a loss or gradient that is not a number, its batch saved.
 
+    Args:
+        batch: the rows that this process saves.
+
     Raises:
         FloatingPointError: `loss` or `grad_norm` is nan or infinite.
     """

@@ -4,7 +4,6 @@ The only file that knows a tokenizer library or jinja.
 """
 
 import dataclasses
-import datetime
 import functools
 import io
 import json
@@ -114,8 +113,9 @@ def load(path: epath.PathLike) -> Tokenizer:
     special = set(named.values()) | {
         _text(token) for token in config.get("additional_special_tokens") or ()
     }
+    data = path.read_bytes()
     try:
-        vocabulary = kind(path.read_bytes(), special)
+        vocabulary = kind(data, special)
     except Exception as error:  # tokenizers raises bare Exception.
         raise InputError(f"{path} is not a whole tokenizer file: {error}") from error
     source = _template_source(path.parent, config)
@@ -364,9 +364,8 @@ def _compile(folder: epath.Path, source: str) -> jinja2.Template:
     # jinja's own tojson escapes for HTML.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
+    # strftime_now is left out: a prompt must not depend on the day. Templates that ask for it
+    # have a date of their own for where it is not known.
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:

@@ -8,11 +8,11 @@
 # storage that all nodes share, and the tree must stay as it is while the job waits or runs.
 # After a preemption, a dead node, a failure or the end of its time, the job goes back into the
 # queue and starts the same command, which resumes from its newest checkpoint. After 2, bad
-# input, it does not.
+# input, and 3, a loss that is no number, it does not.
 #
 #   launch/gpu_slurm.sh [--dry_run] NAME VERB
 #
-#   run [MODULE] FLAG...  MODULE is train, or evaluate, export, ...
+#   run [MODULE] FLAG...  MODULE is train or evaluate
 #   logs                  follows what the job and the first process say
 #   status, stop
 #
@@ -50,11 +50,11 @@ run() {
 }
 
 _job() { # Once for the whole job, on its first node.
-  local words code=0 bad=$logs/bad_input_$SLURM_JOB_ID restarts=$logs/restarts_$SLURM_JOB_ID
+  local words code=0 task last=$logs/last_$SLURM_JOB_ID restarts=$logs/restarts_$SLURM_JOB_ID
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     may_restart "$restarts" || fail "given up after $RESTARTS restarts in $RESTART_HOURS hours" 1
   fi
-  rm -f "$bad"
+  rm -f "$last"
   trap 'say "the time is almost over"; requeue; exit 1' USR1
   read -ra words <<<"${SRUN_FLAGS:-}"
   # JAX takes the GPU that has the process's number on the node, so each must see all of the
@@ -64,9 +64,10 @@ _job() { # Once for the whole job, on its first node.
     --output="$logs/task_%t.log" --open-mode=append ${words[@]+"${words[@]}"} \
     bash launch/gpu_slurm.sh "$name" _task "$@" &
   wait $! || code=$?
-  if [ -e "$bad" ]; then
-    tail -n 5 "$logs/task_$(cat "$bad").log" >&2
-    fail "bad input, see above"
+  if [ -e "$last" ]; then
+    read -r task code <"$last"
+    tail -n 5 "$logs/task_$task.log" >&2
+    fail "$(final "$code")" "$code"
   fi
   [ "$code" = 0 ] && return
   say "srun ended with $code"
@@ -89,7 +90,7 @@ _task() { # Once for each GPU.
   export JAX_COMPILATION_CACHE_DIR PYTHONUNBUFFERED=1
   .venv/bin/python -m "klear_jax.$module" "${flags[@]}" || code=$?
   # Of the codes of all, srun ends with the highest: that of those it has killed.
-  [ $code != 2 ] || echo "$SLURM_PROCID" >"$logs/bad_input_$SLURM_JOB_ID"
+  ! final $code >/dev/null || echo "$SLURM_PROCID $code" >"$logs/last_$SLURM_JOB_ID"
   exit $code
 }
 

@@ -39,7 +39,10 @@ read_command() {
     module=$1
     shift
   fi
-  [ -e "klear_jax/$module.py" ] || fail "there is no command klear_jax.$module"
+  case $module in
+    train | evaluate) ;;
+    *) fail "on many machines there are train and evaluate, no klear_jax.$module" ;;
+  esac
   [ $# -gt 0 ] || fail "say what to run, for instance: run --config=configs/gppo_8b.py --workdir=DIR"
   flags=("$@")
   while [ $# -gt 0 ]; do
@@ -57,6 +60,15 @@ cache_of() { # WORKDIR
   case $workdir in
     */*) echo "${workdir%/*}/compilation_cache" ;;
     *) echo compilation_cache ;;
+  esac
+}
+
+# The codes after which a command would end the same way if it were started again.
+final() { # CODE: says what it means.
+  case $1 in
+    2) echo "bad input, see above" ;;
+    3) echo "the loss is no number, see above" ;;
+    *) return 1 ;;
   esac
 }
 

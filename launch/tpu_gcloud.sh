@@ -72,7 +72,7 @@ create() { # Returns when the pod is ready; in the queue that may take days.
     case $now in
       ready) ours=1 && return ;;
       waiting) ours=1 ;;
-      unknown) [ "$before" ] || fail "$name cannot be asked for, see above" 1 ;;
+      unknown) [ "$before$ours" ] || fail "$name cannot be asked for, see above" 1 ;;
       absent)
         [ ! "$ours" ] || fail "$name was deleted" 1
         [ $((tries += 1)) -le 5 ] || fail "$name cannot be made, see above" 1

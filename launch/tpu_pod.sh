@@ -8,7 +8,7 @@
 # it on all workers, starts the command, shows the log of the first worker and waits. When the
 # pod is preempted or a worker dies, makes the pod anew where that is needed, and starts the
 # same command, which resumes from its newest checkpoint. The exit code is the command's; after
-# 2, bad input, it is not started again.
+# 2, bad input, and 3, a loss that is no number, it is not started again.
 #
 # The command goes on without this script, but restarts need it: keep it in tmux, best on a
 # small machine in the cloud. Given again, it takes over the command that is under way. The pod
@@ -16,7 +16,7 @@
 #
 #   launch/tpu_pod.sh [--dry_run] NAME VERB
 #
-#   run [MODULE] FLAG...  all of the above; MODULE is train, or evaluate, export, ...
+#   run [MODULE] FLAG...  all of the above; MODULE is train or evaluate
 #   create                the pod alone; one that is broken is made anew
 #   setup                 copies the tree and installs it
 #   logs                  follows the command; restarts stay with the script that runs it
@@ -31,7 +31,8 @@
 #   SPOT=1, RESERVED=1             instead of on demand
 #   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then it gives up
 #   POLL_SECONDS=30                between looks at the workers
-#   PATIENCE_SECONDS=900           with workers that do not answer, though the pod seems healthy
+#   PATIENCE_SECONDS=900           with workers that do not answer, or cannot be installed, though
+#                                  the pod seems healthy; then it is made anew
 #   CREATE_FLAGS, SSH_FLAGS        more flags for gcloud, such as --network=... or --internal-ip
 #
 # Needs Linux, gcloud, logged in, and its key in the agent: ssh-add ~/.ssh/google_compute_engine
@@ -42,7 +43,7 @@ source launch/tpu_gcloud.sh
 
 owner=$(uname -n)-$$  # Who sees to the command.
 key=- id=- seen=0     # Which command; which start of it; bytes of its log that were shown.
-starts=0 half=''      # How many starts; whether the last installation failed.
+starts=0 half=''      # How many starts; since when installations have failed.
 planned_command=0     # What a dry run takes for the state of the command.
 
 setup() {
@@ -60,6 +61,11 @@ setup() {
     ask setup && return
   tail -n 20 "$tmp/errors" >&2
   return 1
+}
+
+let_pass() { # POLLS
+  local i
+  for ((i = 0; i < $1; i++)); do sleep "$POLL_SECONDS"; done
 }
 
 too_long() { [ $((SECONDS - $1)) -ge "$PATIENCE_SECONDS" ]; } # SINCE
@@ -122,9 +128,8 @@ begin() { # Starts the command, or takes over the one that is under way.
   [ "$running" = 0 ] || ask stop || return
   why="the installation failed"
   if ! setup; then
-    # For the second time, and not everywhere: a machine is broken.
-    [ ! "$half" ] || [ ! -s "$tmp/workers" ] || suspect=1
-    half=1
+    # For long, and not everywhere: a machine is broken.
+    ! too_long "${half:=$SECONDS}" || [ ! -s "$tmp/workers" ] || suspect=1
     return 1
   fi
   half=''
@@ -133,17 +138,24 @@ begin() { # Starts the command, or takes over the one that is under way.
 }
 
 run() {
+  local meaning failures=0
   trap 'say "the command goes on: the same line takes it up again, stop ends it"; exit 130' INT TERM
   while true; do
     create
-    if begin; then follow; else outcome=failed code=1; fi
+    if begin; then
+      failures=0
+      follow
+    else
+      failures=$((failures + 1)) outcome=failed code=1
+    fi
     case $outcome in
       finished) say "done; the pod costs until: $0 $name delete" && return ;;
       stopped | taken) fail "$why" 1 ;;
     esac
-    [ "$code" != 2 ] || fail "bad input, see above"
+    ! meaning=$(final "$code") || fail "$meaning" "$code"
     may_restart "$tmp/restarts" || fail "$why; given up after $RESTARTS restarts in $RESTART_HOURS hours" "$code"
     say "$why: starting again"
+    [ $failures = 0 ] || let_pass $((2 ** (failures < 5 ? failures : 5)))
   done
 }
 

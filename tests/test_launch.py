@@ -571,11 +571,33 @@ def test_when_no_worker_answers_the_pod_is_left_alone(cloud):
     assert "delete" not in cloud.verbs() and sorted(cloud.trained()) == ONE
 
 
-def test_a_machine_that_cannot_be_installed(cloud):
+def test_installations_that_fail_for_a_while(cloud):
     cloud.plan(hosts=2, fault_setup=["one left out", "one left out", None])
     _, err = cloud.pod("pod", "run", *ARGS)
     assert cloud.verbs().count("setup") == 3, err
+    assert "delete" not in cloud.verbs()
+
+
+def test_a_machine_that_cannot_be_installed(cloud):
+    cloud.plan(hosts=2, fault_setup=["one left out", None])
+    settings = SETTINGS | {"PATIENCE_SECONDS": "0"}
+    _, err = cloud.run("tpu_pod.sh", "pod", "run", *ARGS, **settings)
+    assert cloud.verbs().count("setup") == 2, err
     assert cloud.verbs().count("delete") == 1
+
+
+def test_a_loss_that_is_no_number_is_not_tried_again(cloud):
+    cloud.plan(hosts=2, train=[3])
+    _, err = cloud.run("tpu_pod.sh", "pod", "run", *ARGS, code=3, **SETTINGS)
+    assert sorted(cloud.trained()) == BOTH
+    assert "the loss is no number" in err
+
+
+def test_a_restart_waits_for_a_service_that_does_not_answer(cloud):
+    answers = ["ACTIVE", "NO ANSWER", "ACTIVE"]
+    cloud.plan(exists=True, train=[1, 0], describe=answers)
+    _, err = cloud.pod("pod", "run", *ARGS)
+    assert sorted(cloud.trained()) == sorted(ONE * 2), err
 
 
 def test_a_pod_that_cannot_be_made(cloud):
@@ -721,7 +743,7 @@ def test_what_gcloud_cannot_say_is_not_taken_for_absent(cloud):
             "name where all workers",
         ),
         ("tpu", ["pod", "run"], {}, "say what to run"),
-        ("tpu", ["pod", "run", "tarin", *ARGS], {}, "no command klear_jax.tarin"),
+        ("tpu", ["pod", "run", "tarin", *ARGS], {}, "no klear_jax.tarin"),
         ("tpu", ["pod", "walk"], {}, "unknown verb walk"),
         ("tpu", ["--dryrun", "pod", "run"], {}, "unknown flag --dryrun"),
         ("tpu", ["Pod", "run", *ARGS], {}, "NAME is of"),

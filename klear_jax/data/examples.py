@@ -118,9 +118,9 @@ def _read_json_lines(path: epath.Path) -> list[Example]:
 
 def _read_parquet(path: epath.Path) -> list[Example]:
     """Examples of a file; a row's number from 1 is its prompt_id, as in JSON lines."""
+    data = pyarrow.BufferReader(path.read_bytes())
     try:
-        with path.open("rb") as file:
-            rows = pyarrow.parquet.read_table(file).to_pylist()
+        rows = pyarrow.parquet.read_table(data).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is no parquet file: {error}") from error
     return [
