@@ -140,8 +140,11 @@ def score_open(
     ]
 
 
-def logprob_gap(rows: dict[str, np.ndarray]) -> dict[str, float]:
-    """|trainer's - sampler's log-prob| of the sampled tokens: the two should be one."""
+def logprob_gap(rows: dict[str, np.ndarray], temperature: float) -> dict[str, float]:
+    """|trainer's - sampler's log-prob| of the sampled tokens: the two should be one. Nothing at
+    a temperature other than 1, at which the sampler's are and the trainer's are not."""
+    if temperature != 1:
+        return {}
     gap = np.abs(rows["old_logp"] - rows["behaviour_logp"])[rows["mask"] != 0]
     return {
         "logprob_gap/mean": float(gap.mean()) if gap.size else 0.0,

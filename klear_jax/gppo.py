@@ -135,6 +135,11 @@ class GppoConfig:
                 raise InputError(
                     f"{name} must be at least 1, not {getattr(self, name)}"
                 )
+        if self.loss.old_logp == "sampler" and self.rollout.temperature != 1:
+            raise InputError(
+                "loss.old_logp='sampler' is for rollout.temperature=1, at which the sampler's "
+                f"log-probs are, not for {self.rollout.temperature}"
+            )
 
 
 def train_step(config: GppoConfig, layout: Layout) -> steps.TrainStep:
@@ -144,6 +149,7 @@ def train_step(config: GppoConfig, layout: Layout) -> steps.TrainStep:
         positive_coef=config.loss.positive_coef,
         clip=config.loss.clip(),
         config=config.model,
+        temperature=config.rollout.temperature,  # The policy is what is drawn from.
         layout=layout,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
@@ -158,6 +164,7 @@ def score_step(config: GppoConfig, layout: Layout) -> Any:
     return functools.partial(
         steps.score_step,
         config=config.model,
+        temperature=config.rollout.temperature,
         layout=layout,
         dtype=jnp.dtype(config.dtype),
     )
@@ -272,11 +279,14 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                     norm_tokens=config.rollout.max_new_tokens,
                 )
                 state, found = learn(update, state, minis, rate, config, layout)
+            share = {  # All processes have all rows.
+                name: x[hosts.index() :: hosts.count()] for name, x in rows.items()
+            }
             for one in found:
-                metrics.require_finite(one, rows, config.workdir, step)
+                metrics.require_finite(one, share, config.workdir, step)
             values = {
                 **batch.sample_metrics(samples, chosen, config.rewards, step),
-                **batch.logprob_gap(rows),
+                **batch.logprob_gap(rows, config.rollout.temperature),
                 **metrics.of_updates(found),
                 **metrics.of_sampler(counts),
                 "samples/groups_surplus": len(surplus),

@@ -94,6 +94,10 @@ class RolloutConfig:
                 f"rollout.finish_fraction must be in (0, 1], not {self.finish_fraction}"
             )
         self.sampling()
+        if self.temperature == 0:
+            raise InputError(
+                "rollout.temperature must be above 0: the samples of a group must differ"
+            )
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.top_k)

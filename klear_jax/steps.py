@@ -100,22 +100,21 @@ def score_step(
     params: qwen3.Params,
     batch: Batch,
     num_micro: jax.Array,
-    *,
-    config: qwen3.Config,
-    layout: Layout | None,
-    dtype: jnp.dtype,
+    **model: Any,
 ) -> jax.Array:
-    """Log-probs of every token of the first `num_micro` micro-batches, [M, B, T] float32."""
+    """Log-probs of every token of the first `num_micro` micro-batches, [M, B, T] float32.
+
+    Args:
+        model: config, temperature, layout, dtype of `logprobs.token_logprobs`.
+    """
 
     def one(i, logp_MBT):
         logp_BT = logprobs.token_logprobs(
             params,
-            config,
-            batch["tokens"][i],
+            tokens_BT=batch["tokens"][i],
             positions_BT=batch["positions"][i],
             segment_ids_BT=batch["segment_ids"][i],
-            layout=layout,
-            dtype=dtype,
+            **model,
         )
         return logp_MBT.at[i].set(logp_BT)
 
@@ -170,7 +169,7 @@ def gppo_loss(
             positive_weight: each [B, T].
         positive_coef: alpha.
         clip: the keyword arguments of `losses.policy_loss`.
-        model: config, layout, dtype, remat of `logprobs.token_logprobs`.
+        model: config, temperature, layout, dtype, remat of `logprobs.token_logprobs`.
 
     Returns:
         The loss, and the metrics of `losses.policy_loss` with `policy_loss`,

@@ -521,9 +521,21 @@ GPPO_REFUSED = [
     ({"rollout.filter": "acc"}, "rollout.filter must be one of ('reward', 'accuracy',"),
     ({"rollout.top_p": 0.0}, "in config.rollout: top_p must be in (0, 1], not 0.0"),
     ({"rollout.temperature": -1.0}, "in config.rollout: temperature must be 0"),
+    ({"rollout.temperature": 0.0}, "rollout.temperature must be above 0"),
+    (
+        {"rollout.temperature": 0.7, "loss.old_logp": "sampler"},
+        "loss.old_logp='sampler' is for rollout.temperature=1",
+    ),
     ({"rollout.prompts": 0}, "rollout.prompts must be at least 1, not 0"),
     ({"minibatch_prompts": 0}, "minibatch_prompts must be at least 1, not 0"),
 ]
+
+
+def test_the_policy_that_is_trained_is_the_one_that_is_drawn_from():
+    _, c = parse("gppo_tiny", {"rollout.temperature": 0.7})
+    loss = gppo.train_step(c, None).keywords["loss_fn"]
+    for step in (loss, gppo.score_step(c, None)):
+        assert step.keywords["temperature"] == 0.7
 
 
 @pytest.mark.parametrize(

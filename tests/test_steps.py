@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import sections
 from klear_jax import batch, logprobs, optim, qwen3, sharding, steps
 from klear_jax.errors import InputError
 
@@ -26,19 +27,7 @@ CONFIG = qwen3.Config(
     qk_norm=True,
     max_positions=64,
 )
-RULES = {
-    "batch": ("data", "fsdp"),
-    "seq": (),
-    "residual": ("tensor",),
-    "layers": (),
-    "embed": ("fsdp",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "norm": (),
-}
+RULES = sections.mesh(1, 1, 1).rules.to_dict()
 OPTIM = optim.OptimConfig(
     peak_lr=8e-5,
     end_lr=4e-5,
@@ -208,11 +197,16 @@ def test_score_step_is_token_logprobs(params, rows):
     inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
     program = jax.jit(
         functools.partial(
-            steps.score_step, config=CONFIG, layout=layout, dtype=jnp.float32
+            steps.score_step,
+            config=CONFIG,
+            temperature=0.7,
+            layout=layout,
+            dtype=jnp.float32,
         )
     )
     batch = steps.micro_batches(inputs, 3, 4, layout)
-    want = score(params, **{f"{name}_BT": x for name, x in inputs.items()})
+    named = {f"{name}_BT": x for name, x in inputs.items()}
+    want = logprobs.token_logprobs(params, CONFIG, **named, temperature=0.7)
     got = np.asarray(program(params, batch, 3)).reshape(12, T)
     np.testing.assert_allclose(got[:8], want, rtol=0, atol=2e-6)
     assert np.abs(got[:8]).max() > 1
