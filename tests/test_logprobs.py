@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import sections
 from klear_jax import logprobs, qwen3, sharding
 
 N, D = 24, 12
@@ -24,19 +25,7 @@ CONFIG = qwen3.Config(
     qk_norm=True,
     max_positions=64,
 )
-RULES = {
-    "batch": ("data", "fsdp"),
-    "seq": (),
-    "residual": ("tensor",),
-    "layers": (),
-    "embed": ("fsdp",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "norm": (),
-}
+RULES = sections.mesh(1, 1, 1).rules.to_dict()
 
 
 def inputs(vocab, scale=1.0, dtype=jnp.float32):

@@ -1,6 +1,6 @@
 """How fast programs are scored: responses x 16 tests through the reward pool's sandbox.
 
-    PYTHONPATH=. python tests/bench/code_rewards.py --responses=1024 --hanging=0.01
+    python -m tests.bench.code_rewards --responses=1024 --hanging=0.01
 
 Every response is a program of its own (no verdict is remembered). Of `hanging` responses
 the program never ends, in each of its 16 tests of 2 s. Prints tests a second, how long the

@@ -1,6 +1,6 @@
 """Qwen3-8B's sampler compiled for TPU pods that are not there: memory and traffic a chip.
 
-    python tests/bench/decode_aot.py [--topology=v5p:4x4x4 --tensor=4 --slots=512 ...]
+    python -m tests.bench.decode_aot [--topology=v5p:4x4x4 --tensor=4 --slots=512 ...]
 
 Needs libtpu (pip install 'klear_jax[tpu]'); without flags it does the two pods that
 RESULTS.md records. Compiled, not run. Bytes accessed are the compiler's own count of the
@@ -15,17 +15,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
+from configs import sections
 from klear_jax import aot, decoding, qwen3, sampler, sharding
 from klear_jax.sampling import Sampling
 
 GIB = 2**30
 ROW = 36_864  # Tokens of a prompt with its response.
-RULES = {
-    **dict.fromkeys(("seq", "layers", "head_dim", "norm"), ()),
-    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "residual"), ("tensor",)),
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
-}
+RULES = sections.mesh(1, 1, 1).rules.to_dict()
 
 
 def programs(config, engine, layout):

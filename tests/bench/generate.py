@@ -1,6 +1,6 @@
 """The sampler against what people would pick instead, paired, on one machine.
 
-    python tests/bench/generate.py --model=FOLDER \
+    python -m tests.bench.generate --model=FOLDER \
         [--peer hf=PYTHON] [--peer vllm=PYTHON] [--peer tunix=PYTHON] [--rounds=5]
 
 PYTHON is the interpreter of an environment with torch and transformers, with vllm (or

@@ -1,6 +1,6 @@
 """What the sampler's scheduler costs the host: a phase of rollouts on no device at all.
 
-PYTHONPATH=. python tests/bench/host.py --slots=4096 --groups=512
+python -m tests.bench.host --slots=4096 --groups=512
 """
 
 import argparse

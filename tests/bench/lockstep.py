@@ -1,7 +1,7 @@
 """Whole runs of several versions of the trainer, a step of each in turn, phase by phase.
 
     git worktree add /tmp/before COMMIT
-    python tests/bench/lockstep.py --steps=18 --trees=.,/tmp/before -- \
+    python -m tests.bench.lockstep --steps=18 --trees=.,/tmp/before -- \
         --config=configs/gppo_tiny.py --config.init_from=$PWD/runs/sft_tiny ...
 
 On a machine whose speed changes from minute to minute, runs one after the other show the

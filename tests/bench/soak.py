@@ -1,6 +1,6 @@
 """Thousands of requests through a cache a quarter as large as they want.
 
-    python tests/bench/soak.py --model=FOLDER [--requests=5000]
+    python -m tests.bench.soak --model=FOLDER [--requests=5000]
 
 Random prompts (1 to 64 tokens), group sizes (1 to 8) and limits (1 to 256 tokens); 64
 slots; the cache holds a quarter of what 64 such samples fill at their ends. Checks that

@@ -1,6 +1,6 @@
 """Training steps on CPU, for a paired comparison with other trainers on one machine.
 
-    python tests/bench/train.py --model=FOLDER --phases=sft,score,grpo
+    python -m tests.bench.train --model=FOLDER --phases=sft,score,grpo
 
 times each phase a few times by itself. With --serve it reads one phase name a line, runs it
 once and prints one JSON line: whoever compares lets every trainer do one repeat in turn, so
@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import sections
 from klear_jax import (
     advantages,
     batch,
@@ -41,11 +42,7 @@ from klear_jax import (
     steps,
 )
 
-RULES = {
-    **{"batch": ("data", "fsdp"), "seq": (), "residual": ("tensor",), "layers": ()},
-    **{"embed": ("fsdp",), "vocab": ("tensor",), "heads": ("tensor",)},
-    **{"kv_heads": ("tensor",), "mlp": ("tensor",), "head_dim": (), "norm": ()},
-}
+RULES = sections.mesh(1, 1, 1).rules.to_dict()
 OPTIM = optim.OptimConfig(
     peak_lr=1e-5,
     end_lr=1e-5,

@@ -1,6 +1,6 @@
 """Host memory of loading and saving a large sharded Hugging Face folder.
 
-    python tests/bench/weights.py [--gigabytes=4] [--folder=DIR]
+    python -m tests.bench.weights [--gigabytes=4] [--folder=DIR]
 
 Writes a synthetic model of so many GB in bfloat16, in shards of 1 GB, loads it onto 8 devices
 of this CPU (fsdp 4 x tensor 2) and saves it again, each in a process of its own. Prints what
@@ -19,13 +19,10 @@ import time
 import jax
 import numpy as np
 
+from configs import sections
 from klear_jax import hf_weights, qwen3, sharding
 
-RULES = {
-    **{"batch": ("data", "fsdp"), "seq": (), "residual": ("tensor",), "layers": ()},
-    **{"embed": ("fsdp",), "vocab": ("tensor",), "heads": ("tensor",)},
-    **{"kv_heads": ("tensor",), "mlp": ("tensor",), "head_dim": (), "norm": ()},
-}
+RULES = sections.mesh(1, 1, 1).rules.to_dict()
 
 
 def config_of(gigabytes):
