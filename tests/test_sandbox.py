@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -174,6 +175,21 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(60)
 """
+
+
+@pytest.mark.parametrize("isolation", WALLS)
+def test_packages_may_lie_in_tmp(isolation, monkeypatch):
+    """Which is covered by the program's own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        pathlib.Path(folder, "only_there.py").write_text("print(1)")
+        monkeypatch.setattr(sandbox, "_PACKAGES", folder)
+        sandbox._libraries.cache_clear()
+        try:
+            result = run("import only_there, os; print(os.listdir('/tmp'))", isolation)
+        finally:
+            sandbox._libraries.cache_clear()
+    assert result == sandbox.Result("1\n[]\n", "", 0, False)
 
 
 @pytest.mark.parametrize("isolation", WALLS)

@@ -249,6 +249,7 @@ def _bubblewrap(
     limits: list[str], file_mb: int, code_fd: int, filter_fd: int, status_fd: int
 ) -> list[str]:
     stage, places = _libraries()
+    interpreter, *options = _INTERPRETER
     size = ["--size", str(2 * file_mb << 20)]
     return [
         *_show(stage),
@@ -262,7 +263,11 @@ def _bubblewrap(
         *(["--seccomp", str(filter_fd)] * bool(_forbidden_calls())),
         *["--ro-bind", "/usr", "/usr"],
         *[part for name in ("bin", "lib", "lib64") for part in _as_on_host(f"/{name}")],
-        *[part for path, at in places.items() for part in ("--ro-bind", at, path)],
+        *[
+            part
+            for path, at in places.items()
+            for part in ("--ro-bind", at, _inside(path))
+        ],
         *["--proc", "/proc", "--dev", "/dev"],
         *["--dev-bind", "/dev/null", "/dev/zero"],  # Which is shared memory, if mapped.
         *[*size, "--tmpfs", "/dev/shm", *size, "--tmpfs", "/tmp", "--chdir", "/tmp"],
@@ -271,7 +276,7 @@ def _bubblewrap(
         *["--remount-ro", "/dev", "--remount-ro", "/"],
         # Last, so that the namespace's processes are counted alone.
         *limits,
-        *[*_INTERPRETER, "/supervisor.py"],
+        *[_inside(interpreter), *options, "/supervisor.py"],
     ]
 
 
@@ -337,12 +342,22 @@ def _as_on_host(path: str) -> list[str]:
     return ["--ro-bind", path, path] if os.path.isdir(path) else []
 
 
+def _inside(path: str) -> str:
+    """Where bubblewrap shows a folder of the host: what lies in /tmp, elsewhere."""
+    return f"/mnt{path}" if _is_below_tmp(path) else path
+
+
+def _is_below_tmp(path: str) -> bool:
+    """Whether it lies where programs have a folder of their own."""
+    return pathlib.PurePath(path).is_relative_to("/tmp")
+
+
 @functools.cache
 def _libraries() -> tuple[str, dict[str, str]]:
     """The folders beside /usr that the interpreter needs, and where they can be read.
 
-    Root's own interpreter may lie where nobody else can look, as under /root. Then a shell
-    script, run in a mount namespace of its own, shows it below /mnt.
+    Root's own interpreter may lie where nobody else can look, as under /root, or in /tmp, which
+    is covered. Then a shell script, run in a mount namespace of its own, shows it below /mnt.
 
     Returns:
       The script, empty if there is no need; path -> place.
@@ -351,7 +366,11 @@ def _libraries() -> tuple[str, dict[str, str]]:
     for path, known in ((_PREFIX, ["/usr"]), (_PACKAGES, ["/usr", _PREFIX])):
         if not any(pathlib.PurePath(path).is_relative_to(other) for other in known):
             places[path] = path
-    hidden = [path for path in places if os.geteuid() == 0 and not _is_public(path)]
+    hidden = [
+        path
+        for path in places
+        if os.geteuid() == 0 and (_is_below_tmp(path) or not _is_public(path))
+    ]
     script = "mount -t tmpfs -o size=1m,mode=755 none /mnt\n" * bool(hidden)
     for i, path in enumerate(hidden):
         places[path] = f"/mnt/{i}"
@@ -366,18 +385,24 @@ def _is_public(path: str) -> bool:
 
 
 def _environment(isolation: str) -> dict[str, str]:
-    _, places = _libraries()
-    at = places.get(_PACKAGES, _PACKAGES)
-    return {
+    environment = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
-        "PYTHONPATH": at if isolation == "unshare" else _PACKAGES,
+        "PYTHONPATH": _inside(_PACKAGES) if isolation == "bubblewrap" else _PACKAGES,
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",  # Sets have the order of every other run.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
+    if isolation == "unshare":
+        _, places = _libraries()
+        prefix = places.get(_PREFIX, _PREFIX)
+        environment |= {
+            "PYTHONPATH": places.get(_PACKAGES, _PACKAGES).replace(_PREFIX, prefix),
+            "LD_LIBRARY_PATH": f"{prefix}/lib",  # Of an interpreter that was moved.
+        }
+    return environment
 
 
 # Memory that belongs to no process (as does a map that is shared and anonymous, see below:
