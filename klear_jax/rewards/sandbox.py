@@ -282,6 +282,8 @@ def _bubblewrap(
 
 def _unshare(limits: list[str], file_mb: int, code_fd: int, *_: int) -> list[str]:
     stage, places = _libraries()
+    if os.geteuid() != 0 and (covered := list(filter(_is_below_tmp, places))):
+        raise OSError(f"{covered[0]} lies in /tmp, which programs have for themselves")
     interpreter, *options = _INTERPRETER
     for path, at in places.items():
         interpreter = interpreter.replace(f"{path}/", f"{at}/")
