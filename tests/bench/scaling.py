@@ -44,7 +44,7 @@ def step(chips, chip):
 
 def svg(rows, title):
     """Chip-seconds of each phase, stacked, one bar a number of chips; flat is perfect."""
-    width, height, left, top = 640, 300, 60, 40
+    width, height, left, top = 670, 300, 90, 50
     most = max(chips * sum(s for s, _ in found.values()) for chips, _, found in rows)
     bar = (width - left) / len(rows)
     parts = [
@@ -79,7 +79,7 @@ def svg(rows, title):
         parts.append(f'<rect x="{x}" y="26" width="10" height="10" fill="{color}"/>')
         parts.append(f'<text x="{x + 14}" y="35">{name}</text>')
     for row, text in enumerate(["chips", "fsdp x tensor", "sending"]):
-        parts.append(f'<text x="0" y="{top + height + 16 + 15 * row}">{text}</text>')
+        parts.append(f'<text x="8" y="{top + height + 16 + 15 * row}">{text}</text>')
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
 
