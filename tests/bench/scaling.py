@@ -49,8 +49,8 @@ def svg(rows, title):
     bar = (width - left) / len(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 20} '
-        f'{height + 90}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{width + 20}" height="{height + 90}" fill="white"/>',
+        f'{height + 110}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width + 20}" height="{height + 110}" fill="white"/>',
         f'<text x="{left}" y="20" font-size="14">{title}</text>',
     ]
     for i, (chips, mesh, found) in enumerate(rows):
