@@ -16,10 +16,10 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 
 from klear_jax.sharding import Layout, map_shards, platform
 
-LONG_ROW = (
-    512  # Tokens; of XLA: a longer row never holds all of its [T, S] scores at once.
-)
-SHORT_BLOCK, LONG_BLOCK = 64, 512  # Queries of a block in a short and in a long row.
+# Of XLA: a row of more tokens never holds all of its [T, S] scores at once; queries of a block
+# in a short and in a long row.
+LONG_ROW = 512
+SHORT_BLOCK, LONG_BLOCK = 64, 512
 MASKED = -1e30  # Finite, so that a fully masked row of scores stays a number.
 # Of the TPU kernel of training: queries and keys of a tile. A tile of keys is read once for
 # so many queries: 1,024 operations a byte, where v6e, the hungriest, needs 560.

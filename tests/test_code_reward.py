@@ -143,6 +143,9 @@ def build(values: List[int]) -> Optional[TreeNode]:
         "assert build([1])[2].tolist() == [0, 1, 2] and build([1])[3:] == (2, 2.0, inf)",
     ]
     assert code.score(answer(program), {"functional": tests, "timeout": 20}) == 1
+    tests = ["assert np.allclose(half(1), 0.5)"]  # Named by the test alone.
+    program = "def half(x): return x / 2"
+    assert code.score(answer(program), {"functional": tests, "timeout": 20}) == 1
 
 
 @needs_sandbox

@@ -21,7 +21,7 @@ import pytest
 import test_runs
 from test_processes import CONFIG_FILE, TESTS, free_port, small_gppo
 
-from klear_jax import checkpoint, hf_weights, prepare_data
+from klear_jax import checkpoint, hf_weights
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
@@ -70,14 +70,7 @@ def environment(tmp_path, monkeypatch):
 def test_a_run_on_an_object_store_is_resumed(tmp_path, environment):
     import gcsfs
 
-    settings = {
-        "task": "chain_sum",
-        "num_problems": 400,
-        "seed": 0,
-        "direct_share": 0.5,
-        "generator": {},
-    }
-    prepare_data.prepare(tmp_path / "data", settings)
+    test_runs.prepare(tmp_path / "data")
     text = CONFIG_FILE.format(data=str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
     command = [sys.executable, "-m", "klear_jax.train"]
@@ -121,7 +114,6 @@ def test_a_run_on_an_object_store_is_resumed(tmp_path, environment):
     for step in range(6):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (copy / name).read_text() == (alone / name).read_text()
-    assert np.isfinite(lines[-1]["loss"])
 
     params, config = checkpoint.load_model(alone)
     hf_weights.save("gs://bucket/model", params, config)

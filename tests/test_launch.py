@@ -814,6 +814,13 @@ def test_slurm_bad_input_is_not_tried_again(cloud):
     assert "error: no such key" in err
 
 
+def test_slurm_a_loss_that_is_no_number_is_not_tried_again(cloud):
+    cloud.plan(train=[3])
+    _, err = slurm(cloud, "job", "run", *ARGS)
+    assert cloud.state()["code"] == 3 and names(cloud).count("srun") == 1
+    assert "the loss is no number" in err
+
+
 def test_slurm_failures_are_tried_again_a_bounded_number_of_times(cloud):
     cloud.plan(train=[1])
     _, err = slurm(cloud, "job", "run", *ARGS, RESTARTS="2")

@@ -16,7 +16,7 @@ import test_runs
 import test_sampler as shared
 import test_steps
 
-from klear_jax import hosts, prepare_data, sampler
+from klear_jax import hosts, sampler
 from klear_jax.errors import InputError
 
 TESTS = pathlib.Path(__file__).parent
@@ -126,14 +126,7 @@ def steps_written(workdir):
 
 
 def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
-    settings = {
-        "task": "chain_sum",
-        "num_problems": 400,
-        "seed": 0,
-        "direct_share": 0.5,
-        "generator": {},
-    }
-    prepare_data.prepare(tmp_path / "data", settings)
+    test_runs.prepare(tmp_path / "data")
     text = CONFIG_FILE.format(data=str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
     workdir = tmp_path / "run"

@@ -36,10 +36,8 @@ def compile_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def prepare(folder):
     """A small data set and its tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
     settings = {
         "task": "chain_sum",
         "num_problems": 400,
@@ -48,6 +46,12 @@ def data(tmp_path_factory):
         "generator": {},
     }
     prepare_data.prepare(folder, settings)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare(folder)
     return folder
 
 

@@ -148,9 +148,8 @@ def try_out(pool: Pool, config: RewardConfig, rows: Iterable[Row]) -> None:
         kind = config.kinds[name]
         answer = ground_truth(config, row.source, row.answer, seed="")
         outcome = pool.submit(kind.function, "", answer, **kind.resolved()).result()
-        if outcome.detail.startswith(
-            NO_WORKER
-        ):  # Not the config's fault, and may pass.
+        # Not the config's fault, and may pass.
+        if outcome.detail.startswith(NO_WORKER):
             raise RuntimeError(outcome.detail)
         if outcome.status == "error":
             raise InputError(
