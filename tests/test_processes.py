@@ -20,6 +20,8 @@ from klear_jax import hosts, sampler
 from klear_jax.errors import InputError
 
 TESTS = pathlib.Path(__file__).parent
+# What pytest finds by itself (its own folder, and the root by `python -m`), a process is told.
+PYTHONPATH = {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
 pytestmark = test_runs.pytestmark
 
 
@@ -34,6 +36,7 @@ def test_two_processes_do_what_one_does():
     workers = [
         subprocess.Popen(
             [*command, str(index)],
+            env=os.environ | PYTHONPATH,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -49,6 +52,7 @@ def test_two_processes_do_what_one_does():
     finally:
         for worker in workers:
             worker.kill()
+            worker.communicate()  # And its pipes closed.
     # The same samples, bit for bit, in the same order: the same decisions.
     assert results[0] == results[1]
     assert results[0]["told"] == [[0, 0], [1, 100_000]]
@@ -95,7 +99,7 @@ class Run:
         self.processes = []
         for i, log in enumerate(self.logs):
             environment = os.environ | {
-                "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+                **PYTHONPATH,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": "4",
                 "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
