@@ -1,9 +1,12 @@
 """Eight CPU devices, set before any backend starts, and strict numerics in every test."""
 
+import os
+
 import hypothesis
 import jax
 
 jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"  # Of the processes that tests start.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
