@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.dtype = "float32"  # Of activations; parameters and Adam are always float32.
     # What the backward pass keeps of a layer: 'none' is computed anew, 'full': all but the
-    # stream between layers, 'attention': that is kept too, 'offload': the stream is kept in the
-    # host's memory.
+    # stream between layers, 'attention': that is kept too, 'dots': and what the matrix products
+    # gave, 'offload': the stream is kept in the host's memory.
     c.remat = "none"
     c.mesh = sections.mesh(data=1, fsdp=-1, tensor=1)
 

@@ -2,8 +2,10 @@
 frozen dataclasses on the other. What does not fit is one sentence that names the key.
 """
 
+import ctypes
 import dataclasses
 import difflib
+import functools
 import importlib.machinery
 import json
 import logging
@@ -36,6 +38,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
         cache = pathlib.Path("~/.cache/klear_jax").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    trim_after_compilations()
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.set_stderrthreshold("warning")
     ours = logging.getLogger("klear_jax")  # As what programs of the model run under.
@@ -52,6 +55,20 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
+
+
+@functools.cache
+def trim_after_compilations() -> None:
+    """What the compiler has freed, hundreds of MiB in pieces, goes back to the system each
+    time: glibc would keep it. Other C libraries have no such call, and need none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def heard(event: str, _: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            trim(0)
+
+    if trim:
+        jax.monitoring.register_event_duration_secs_listener(heard)
 
 
 def parse_flags(

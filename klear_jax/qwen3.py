@@ -41,6 +41,11 @@ REMAT = {
     "full": _policies.nothing_saveable,
     # And what attention gave, which costs most to compute anew when rows are long.
     "attention": _policies.save_only_these_names("attention"),
+    # And what the matrix products gave: no more than what is cheap is computed anew.
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names("attention"),
+    ),
     # The stream between layers, in the host's memory.
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -63,7 +63,7 @@ class Model:
     config: qwen3.Config
     layout: Layout
     itemsize: int  # Bytes of a weight as it travels, and of an activation.
-    remat: bool
+    remat: bool  # The layers' matrix products are computed anew in the backward pass.
 
     @property
     def layer_weights(self) -> float:
@@ -153,7 +153,7 @@ class Model:
 def model_of(c, layout: Layout) -> Model:
     """Of the config of a loop."""
     itemsize = jnp.dtype(c.dtype).itemsize
-    return Model(c.model, layout, itemsize, c.remat != "none")
+    return Model(c.model, layout, itemsize, c.remat not in ("none", "dots"))
 
 
 def gppo_step(

@@ -254,7 +254,7 @@ def test_ranks_in_segment(segments):
 # ---- The loops over layers, and precision.
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "offload"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots", "offload"])
 def test_remat_changes_no_gradient(small, remat):
     batch = rows({(0, 1): (0, list(range(9))), (1, 1): (1, list(range(16)))})
     assert_same(run(small, *batch, remat=remat), run(small, *batch), rtol=1e-6)

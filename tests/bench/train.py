@@ -41,6 +41,7 @@ from klear_jax import (
     sharding,
     steps,
 )
+from klear_jax.config import trim_after_compilations
 
 RULES = sections.mesh(1, 1, 1).rules.to_dict()
 OPTIM = optim.OptimConfig(
@@ -66,13 +67,17 @@ def phases(model, micro_rows):
         sharding.make_mesh(sharding.MeshConfig(1, 1, 1, RULES), jax.devices()[:1]),
         RULES,
     )
-    params, config = hf_weights.load(model, dtype=jnp.float32, layout=layout)
+    config = hf_weights.read_config(model)
+
+    def load():
+        return hf_weights.load(model, dtype=jnp.float32, layout=layout)[0]
+
     bound = {"config": config, "layout": layout, "dtype": jnp.dtype("float32")}
     tx = optim.optimizer(OPTIM)
     rng = np.random.default_rng(0)
 
     def update(loss_fn):
-        state = steps.init_state(jax.tree.map(jnp.copy, params), tx)
+        state = steps.init_state(load(), tx)
         shardings = steps.state_shardings(
             state, qwen3.params_shardings(config, layout), layout
         )
@@ -100,7 +105,7 @@ def phases(model, micro_rows):
     def sft():
         mask = ones.copy()
         mask[:, 0] = 0
-        run, _ = update(functools.partial(steps.lm_loss, remat="none", **bound))
+        run, _ = update(functools.partial(steps.lm_loss, remat="dots", **bound))
         return lambda: run(rows | {"weight": losses.token_weights(mask)})
 
     def score():
@@ -110,6 +115,7 @@ def phases(model, micro_rows):
             qwen3.params_shardings(config, layout),
         )
         count = 16 // micro_rows
+        params = load()
 
         def run():
             micro = steps.micro_batches(rows, micro_rows, count, layout)
@@ -119,7 +125,7 @@ def phases(model, micro_rows):
 
     def grpo():
         loss_fn = functools.partial(
-            steps.gppo_loss, positive_coef=0.0, clip=CLIP, remat="none", **bound
+            steps.gppo_loss, positive_coef=0.0, clip=CLIP, remat="dots", **bound
         )
         run, kept = update(loss_fn)
         seeds = iter(range(10**9))
@@ -171,6 +177,7 @@ def main():
     parser.add_argument("--micro_rows", type=int, default=4)
     parser.add_argument("--serve", action="store_true")
     args, _ = parser.parse_known_args()
+    trim_after_compilations()
     makers, made = phases(args.model, args.micro_rows), {}
 
     def timed(phase, repeats):
