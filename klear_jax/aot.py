@@ -149,6 +149,7 @@ COLLECTIVES = (
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_GOES_ON = re.compile(r"calls=%?async_collective_fusion|%?async-collective-done\S* = ")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 
@@ -157,7 +158,8 @@ def collectives(hlo: str) -> list[Collective]:
     """Those of a compiled program's text, in the order of the text, loops taken into account.
 
     TPUs fuse an all-reduce with the slice that each chip keeps into what is in truth a
-    reduce-scatter, and it is listed as that.
+    reduce-scatter, and it is listed as that. What travels while other fusions compute stands
+    in the text of each of them, and is listed once, where it starts.
     """
     computations, entry = {}, ""
     for line in hlo.splitlines():
@@ -177,6 +179,8 @@ def _walk(computations, name, times) -> Iterator[Collective]:
         if loop := _LOOP.search(line):
             trips = _trips(computations[loop[1]])
             yield from _walk(computations, loop[2], times * trips)
+            continue
+        if _GOES_ON.search(line):
             continue
         for called in _CALLED.findall(line):
             yield from _walk(computations, called, times)
