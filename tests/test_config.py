@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -407,3 +408,28 @@ def test_command_helps():
     assert done.stdout.startswith(train.__doc__)
     for flag in ("--config: ", "--config.KEY=VALUE: ", "--workdir: "):
         assert done.stdout.count(f"\n  {flag}") == 1
+
+
+FREES = """
+import jax
+from klear_jax.config import trim_after_compilations
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 >> 20
+
+trim_after_compilations()
+pieces = [bytes(10_000) for _ in range(20_000)]
+last = pieces[-1]  # Behind what is free, which glibc therefore keeps.
+del pieces
+before = resident_mib()
+jax.jit(lambda x: x + 1)(1)
+assert before - resident_mib() > 100, (before, resident_mib())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries keep nothing"
+)
+def test_what_is_free_after_a_compilation_goes_back_to_the_system():
+    subprocess.run([sys.executable, "-c", FREES], check=True)
