@@ -179,9 +179,7 @@ def test_the_update_moves_weights_in_bfloat16_and_their_gradients_in_float32():
             matrices[size // (SMALL.num_layers if "layers" in param.axes else 1)] += 1
     smallest = min(matrices)
     over_fsdp = [
-        one
-        for one in found
-        if one.devices == fsdp and math.prod(one.shape) >= smallest
+        one for one in found if one.devices == fsdp and math.prod(one.shape) >= smallest
     ]
     for one in over_fsdp:
         if one.kind == "all-gather":
