@@ -261,7 +261,8 @@ def advice(program: str) -> str:
     """What would help where this program is the one that does not fit."""
     if program in ("update", "score"):
         return (
-            "raise mesh.fsdp or mesh.tensor, lower micro_rows, or set remat='offload'"
+            "raise mesh.fsdp or mesh.tensor, lower micro_rows, or set remat to 'full' or "
+            "'offload'"
         )
     return "lower sampler.pool_tokens, or raise mesh.tensor"
 

@@ -63,7 +63,7 @@ class Model:
     config: qwen3.Config
     layout: Layout
     itemsize: int  # Bytes of a weight as it travels, and of an activation.
-    remat: bool  # The layers' matrix products are computed anew in the backward pass.
+    remat: str  # A key of `qwen3.REMAT`.
 
     @property
     def layer_weights(self) -> float:
@@ -84,25 +84,28 @@ class Model:
         A layer's matrices are gathered over fsdp for each pass over it (two, or three with
         recomputation) in bfloat16, and their gradients scattered in float32, and reduced
         over data. Around attention and MLP, the stream is gathered over tensor before and
-        scattered after, in each pass; what is recomputed last need not be scattered.
+        scattered after, in each pass; what is recomputed last need not be scattered. Where the
+        products are kept ('dots'), the stream alone is gathered anew.
 
         Args:
             length: tokens of a sample: what a token attends to grows with it.
         """
-        passes, c = 2 + self.remat, self.config
+        products_anew = self.remat not in ("none", "dots")
+        attention_anew = self.remat in ("full", "offload")
+        passes, c = 2 + products_anew, self.config
         shards = self.layout.mesh.shape
         tokens = rows * row_tokens
         # 2 for each weight and token and pass; the head is recomputed too.
         dots = 2 * tokens * (c.num_layers * self.layer_weights * (passes + 1))
         dots += 2 * tokens * self.head_weights * 4
         scores = c.num_layers * self._scores(tokens, length)
-        scores *= 3.5 + self.remat  # Backward: 5 products.
+        scores *= 3.5 + attention_anew  # Backward: 5 products.
         weights = c.num_layers * self.layer_weights
         sent = weights * (self.itemsize * passes + 4)
         sent += self.head_weights * (2 * self.itemsize + 4)
         fsdp, tensor, data = shards["fsdp"], shards["tensor"], shards["data"]
         stream = tokens * c.width * self.itemsize * (tensor - 1) / tensor
-        stream *= c.num_layers * (4 * passes + self.remat * -1)
+        stream *= c.num_layers * {"none": 8, "dots": 10}.get(self.remat, 11)
         reduced = 4 * (weights + self.head_weights) / (fsdp * tensor)
         return Work(
             flops=(dots + scores) / tensor,
@@ -153,7 +156,7 @@ class Model:
 def model_of(c, layout: Layout) -> Model:
     """Of the config of a loop."""
     itemsize = jnp.dtype(c.dtype).itemsize
-    return Model(c.model, layout, itemsize, c.remat not in ("none", "dots"))
+    return Model(c.model, layout, itemsize, c.remat)
 
 
 def gppo_step(

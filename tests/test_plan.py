@@ -94,6 +94,17 @@ def test_a_step_takes_no_less_than_its_arithmetic(compiled):
     assert twice.sent_bytes < 2 * model.train(1, 64, 64).sent_bytes  # Weights go once.
 
 
+def test_what_is_kept_is_neither_computed_nor_sent_anew(compiled):
+    _, c, layout, _ = compiled
+    models = [
+        roofline.model_of(dataclasses.replace(c, remat=remat), layout)
+        for remat in ("none", "dots", "attention", "full")
+    ]
+    none, dots, attention, full = (model.train(1, 64, 64) for model in models)
+    assert none.flops == dots.flops < attention.flops < full.flops
+    assert none.sent_bytes < dots.sent_bytes < attention.sent_bytes == full.sent_bytes
+
+
 def test_replicas_on_several_slices_send_between_them():
     _, c = parse("gppo_tiny")
     mesh = make_mesh(dataclasses.replace(c.mesh, data=2, fsdp=4, tensor=1))
