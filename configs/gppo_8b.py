@@ -18,8 +18,8 @@ messages: the bare problem) and `answer`. A row's data_source decides on its rew
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_math.sh and what it calls; [ours].
 
-Its programs were compiled for a v5p pod, the update and the sampler also for v6e
-(tests/bench/RESULTS.md); tests/test_configs.py traces them. It was never run on a pod.
+Its programs were compiled for v5p:4x4x4, v6e:8x8 and v5e:16x16, there with micro_rows=64, and
+fit (tests/bench/RESULTS.md); it was never run on a pod.
 """
 
 import ml_collections

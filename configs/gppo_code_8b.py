@@ -13,7 +13,7 @@ benchmark: JSON lines with `prompt` and `answer`, the tests as rewards/code.py h
 
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_code.sh and what it calls; [ours].
-Traced by tests/test_configs.py; never run on a pod.
+Its programs were compiled as those of gppo_8b; it was never run on a pod.
 """
 
 import ml_collections

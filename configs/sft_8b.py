@@ -15,8 +15,8 @@ Sources: [P] the paper, arXiv 2508.07629, which is all there is: the authors pub
 SFT recipe; [V] the defaults of verl's SFT trainer, which their repository contains, where
 the paper is silent; [ours].
 
-Its programs were compiled for 8 devices of a CPU, and tests/test_configs.py traces them;
-it was never run on a pod.
+Its programs were compiled for v5p:4x4x4, v6e:8x8 and v5e:16x16, there with micro_rows=64, and
+fit (tests/bench/RESULTS.md); it was never run on a pod.
 """
 
 import ml_collections
@@ -35,7 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.model = sections.model(qwen3.PRESETS["qwen3_8b"])  # [P] 8.19e9 parameters.
     c.dtype = "bfloat16"  # [ours] Of activations; parameters and Adam are float32.
-    # The backward pass keeps the stream between layers; others: sft_tiny.
+    # The backward pass keeps the stream between layers; others: sft_tiny. With the memory of
+    # v5p, 'dots' takes a fifth less time on paper, and 32 GiB a chip.
     c.remat = "full"  # [ours]
     c.mesh = sections.mesh(
         data=1, fsdp=-1, tensor=4
