@@ -149,3 +149,67 @@ def gppo_loss() -> ml_collections.ConfigDict:
     c.old_logp = "trainer"  # [R]
     c.positive_coef = 0.1  # [P] [R] alpha of Eq. 14, best in Table 6; 0: off.
     return c
+
+
+def source(path: str, shape: str) -> ml_collections.ConfigDict:
+    """A source of `configs/data/`: files of one origin.
+
+    Args:
+        path: of a file, or a pattern of several; several with commas. JSON lines, plain,
+            .gz or .zst, or .parquet.
+        shape: of its rows, a key of `klear_jax.data.rows.SHAPES`: 'any', 'prompt_response',
+            'messages', 'sharegpt', 'openthoughts', 'openthoughts_metadata', 'klear_rl' or
+            'benchmark'.
+    """
+    c = ml_collections.ConfigDict()
+    c.path = path
+    c.shape = shape
+    # What stands elsewhere than the shape says: prompt, response, thinking, answer,
+    # data_source, system -> a key such as 'meta.answer', or several with | between.
+    c.fields = ml_collections.ConfigDict()
+    c.weight = 1.0  # [ours] How often an epoch of SFT goes through it.
+    return c
+
+
+def clean() -> ml_collections.ConfigDict:
+    """The section `clean` of `configs/data/`: what a row must be, by itself."""
+    c = ml_collections.ConfigDict()
+    # 'required': one <think>...</think> before an answer; 'any': as it is.
+    c.think = "required"  # [ours]
+    c.max_prompt_tokens = 0  # [R] Drops no prompt; 0: any number.
+    c.max_tokens = 0  # [ours] Of prompt and response; 0: any number.
+    c.min_tests = 0  # [ours] Of a code problem; 0: any number.
+    # Files of benchmark problems; prompts that share ngram words in a row are dropped.
+    c.benchmarks = (
+        "raw/aime24.qs.jsonl",
+        "raw/aime25.qs.jsonl",
+        "raw/HMMT-202502.jsonl",
+    )  # [P]
+    c.ngram = 9  # [P] Words: letters and digits, case and punctuation aside.
+    # Phrases that many problems share, which do not count; the report shows what is hit.
+    c.allowed = ()  # [ours]
+    c.max_bad_share = (
+        0.01  # [ours] Of a source's rows; more that cannot be read: an error.
+    )
+    return c
+
+
+def choose() -> ml_collections.ConfigDict:
+    """The section `choose` of `configs/data/`: what is taken of the clean rows, looking at
+    all. Exact duplicates never are."""
+    c = ml_collections.ConfigDict()
+    # Score responses that have an answer, as `rewards` says.
+    c.judge = False  # [P] No correctness filter.
+    c.only_right = False  # [P] Only responses that are right.
+    # Files of `evaluate --samples`: the share of right samples of each prompt. Otherwise
+    # it is that of the judged responses.
+    c.pass_rates = ()
+    c.pass_rate_above = config_dict.placeholder(float)  # None: any.
+    c.pass_rate_below = config_dict.placeholder(float)  # None: any.
+    # A pass rate above makes a prompt easy: splits train_easy, train_hard. None: one split.
+    c.easy_above = config_dict.placeholder(float)
+    c.responses_per_prompt = 0  # [ours] The first ones of each prompt; 0: all.
+    c.validation_percent = (
+        0.0  # [ours] Of the prompts, by a hash; they go into `validation`.
+    )
+    return c

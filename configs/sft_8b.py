@@ -6,10 +6,10 @@
 To compare with: Klear-Reasoner-8B-SFT, Table 1 of the paper: avg@64 of AIME 2024 75.6,
 AIME 2025 70.1, HMMT 2025 57.6; avg@8 of LiveCodeBench v5 58.5, v6 49.6. `gppo_8b` goes on.
 
-Data: JSON lines with `prompt` (text, or {role, content} messages) and `response` (with
-its <think>...</think>). The paper's 1.5M samples, answers of DeepSeek-R1-0528 to math and
-code, up to 16 a prompt, right or wrong, are not published. `evaluation` reads the same
-with `answer` in place of `response`.
+Data: what `python -m klear_jax.prepare_data --config=configs/data/sft.py` makes of raw
+files. The paper's 1.5M samples, answers of DeepSeek-R1-0528 to math and code, up to 16 a
+prompt, right or wrong, are not published. `evaluation` reads JSON lines with `prompt` and
+`answer`, or the authors' benchmark files.
 
 Sources: [P] the paper, arXiv 2508.07629, which is all there is: the authors published no
 SFT recipe; [V] the defaults of verl's SFT trainer, which their repository contains, where
@@ -43,22 +43,29 @@ def get_config() -> ml_collections.ConfigDict:
     )  # [ours] Made for 64 chips of v5p.
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = "data/klear_sft.jsonl"  # A TFDS version folder or JSON lines.
-    c.data.split = ""  # Of a TFDS data set.
+    c.data.path = "data/klear_sft/1.0.0"  # Folders of prepared data, with commas.
+    c.data.split = "train"
+    # Source -> how often an epoch goes through it, where it is not as the data set says.
+    c.data.weights = ml_collections.ConfigDict()
     c.data.row_tokens = 32_768  # [P] Maximum length 32K.
     c.data.pack = True  # [ours] Several samples a row, as segments.
-    c.data.too_long = "drop"  # [ours] A sample longer than a row: 'error' or 'drop'.
+    # A sample longer than a row: 'error', or 'drop' (counted); prepared data have none.
+    c.data.too_long = "error"  # [ours]
     # The samples are dealt to so many streams, each packed by itself. A host reads those of
     # its rows; the batches do not depend on who reads what. A divisor of micro_rows.
     c.data.streams = 16  # [ours]
+    # Batches that a thread makes ahead: a stream packs 128 rows at once, 16 batches' worth.
+    c.data.prefetch = 16  # [ours]
 
     # Rows of one update; 128 are 4.2M tokens. [P] does not say; [V] 256 samples.
     c.batch_rows = 128  # [ours]
     # Rows of one forward and backward pass, over all devices: a multiple of data x fsdp.
     c.micro_rows = 16  # [ours] Memory only; on 64 chips, a row for each 4.
-    # Updates: epochs x tokens / (batch_rows x row_tokens x share filled), for 4 epochs of
-    # 1.5M samples [P] of 10,000 tokens in rows 98% full [ours]: count those of your data.
-    c.num_steps = 14_600  # [P] [ours]
+    c.num_steps = (
+        0  # [ours] Updates; 0: as many as num_epochs take, with rows 98% full.
+    )
+    # Passes through the data: 14,600 updates for 1.5M samples of 10,000 tokens each.
+    c.num_epochs = 4.0  # [P]
 
     c.optim = ml_collections.ConfigDict()  # AdamW.
     c.optim.peak_lr = 8e-5  # [P]
@@ -82,6 +89,11 @@ def get_config() -> ml_collections.ConfigDict:
         prefill_tokens=1_024,  # [ours]
     )
     c.rewards = sections.rewards(num_workers=32)  # [ours] Of the evaluation.
+
+    c.validation = ml_collections.ConfigDict()  # The loss on held-out samples.
+    c.validation.split = "validation"  # Of data.path; '': none.
+    c.validation.every = 100  # [ours] Steps.
+    c.validation.batches = 1  # [ours] The first ones, of batch_rows rows each.
 
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.data = "data/aime24.jsonl"  # [P] A TFDS version folder or JSON lines.

@@ -48,6 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.path = "runs/data/arithmetic/1.0.0"  # A TFDS version folder or JSON lines.
     c.data.split = "sft"  # '' for JSON lines, which have none.
+    # Source -> how often an epoch goes through it, where it is not as the data set says.
+    c.data.weights = ml_collections.ConfigDict()
     c.data.row_tokens = 64
     c.data.pack = True  # Several samples a row, as segments.
     # A sample longer than a row: 'error', or 'drop' (counted).
@@ -55,10 +57,12 @@ def get_config() -> ml_collections.ConfigDict:
     # The samples are dealt to so many streams, each packed by itself. A host reads those of
     # its rows; the batches do not depend on who reads what. A divisor of micro_rows.
     c.data.streams = 1
+    c.data.prefetch = 0  # Batches that a thread makes ahead; all is in memory here.
 
     c.batch_rows = 48  # Rows of one optimizer update; about 100 samples.
     c.micro_rows = 48  # Rows of one forward and backward pass, over all devices.
-    c.num_steps = 400  # Optimizer updates.
+    c.num_steps = 400  # Optimizer updates; 0: as many as num_epochs take.
+    c.num_epochs = 0.0  # Passes through the data; 0: num_steps says it.
 
     c.optim = ml_collections.ConfigDict()  # AdamW.
     c.optim.peak_lr = 5e-3
@@ -77,6 +81,13 @@ def get_config() -> ml_collections.ConfigDict:
         num_slots=512, page_tokens=16, pool_tokens=None, prefill_tokens=1_024
     )
     c.rewards = sections.rewards(num_workers=2)
+
+    c.validation = (
+        ml_collections.ConfigDict()
+    )  # The loss on samples that are not trained on.
+    c.validation.split = ""  # Of data.path; '': none.
+    c.validation.every = 100  # Steps.
+    c.validation.batches = 4  # The first ones, of batch_rows rows each.
 
     c.evaluation = ml_collections.ConfigDict()  # avg@8 at temperature 1, and greedy.
     c.evaluation.data = "runs/data/arithmetic/1.0.0"  # As data.path.

@@ -4,19 +4,25 @@
 
 evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
 another workdir; or, with neither, what the config starts from) as the config's section
-`evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and writes it, with the share of right answers
-of each problem, to --output: by default evaluation.json in the workdir.
+`evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and
+writes it, with the share of right answers of each problem, to --output: by default
+evaluation.json in the workdir.
+
+With --samples=FILE it writes the samples instead, a line of JSON each: prompt, response,
+answer, reward, correct. `prepare_data` reads them: for the pass rate of each prompt, or to
+learn from. The same command goes on with a file that was begun.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from etils import epath
 
 from klear_jax import checkpoint, config, hosts, qwen3, rollout, sampler, tokens
@@ -30,6 +36,7 @@ from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh, put
 
 BOOTSTRAP = 10_000  # Resamples of the problems for an interval.
+SAMPLED_AT_ONCE = 1024  # Problems between two writes of --samples.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +262,7 @@ def main(argv: list[str]) -> None:
         "workdir": "Evaluate its newest checkpoint, and write evaluation.json there.",
         "model": "Evaluate this Hugging Face folder or workdir instead.",
         "output": "Write the result there instead.",
+        "samples": "Only write samples there, as JSON lines, or go on with them.",
     }
     flags = config.parse_flags(argv, __doc__, texts)
     names = {field.name for field in dataclasses.fields(CommandConfig)}
@@ -281,24 +289,97 @@ def main(argv: list[str]) -> None:
             model = c.model
             params = qwen3.init_params(model, jax.random.key(c.seed))
             params = put(params, qwen3.params_shardings(model, layout))
-        metrics, rollouts = evaluate(
-            params,
-            model,
-            problems,
-            tokenizer,
-            pool,
-            c.rewards,
-            c.evaluation,
-            engine=c.sampler,
-            dtype=jnp.dtype(c.dtype),
-            layout=layout,
-        )
+
+        def run(problems):
+            return evaluate(
+                params,
+                model,
+                problems,
+                tokenizer,
+                pool,
+                c.rewards,
+                c.evaluation,
+                engine=c.sampler,
+                dtype=jnp.dtype(c.dtype),
+                layout=layout,
+            )
+
+        if flags.samples:
+            write_samples(epath.Path(flags.samples), problems, c.evaluation, run)
+            return
+        metrics, rollouts = run(problems)
     if not hosts.first():
         return
     print(json.dumps(metrics, indent=2))
     if output:
         metrics["per_problem"] = per_problem(problems, rollouts)
         epath.Path(output).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def write_samples(
+    path: epath.Path,
+    problems: Mapping[str, Sequence[Any]],
+    config: EvaluationConfig,
+    run: Callable[[Mapping[str, Sequence[Any]]], tuple[Any, list[rollout.Rollout]]],
+) -> None:
+    """Appends num_samples lines a problem to the file, some problems at a time.
+
+    Args:
+        path: of the file. Problems that it has whole are not sampled again.
+        problems: as `load_problems` returns them.
+        config: num_samples and greedy say how many rollouts `run` makes.
+        run: `evaluate` for some of the problems.
+    """
+    if config.greedy or not config.num_samples:
+        raise InputError(
+            "--samples needs evaluation.num_samples above 0 and evaluation.greedy=False"
+        )
+    kept = _whole_problems(path, config.num_samples)
+    left = [i for i, one in enumerate(problems["prompt_ids"]) if one not in kept]
+    if hosts.first():
+        path.write_text("".join(line for lines in kept.values() for line in lines))
+    bar = tqdm.tqdm(
+        total=len(kept) + len(left), initial=len(kept), unit="prompt", desc="sampling"
+    )
+    for begin in range(0, len(left), SAMPLED_AT_ONCE):
+        some = left[begin : begin + SAMPLED_AT_ONCE]
+        _, [found] = run(
+            {name: [column[i] for i in some] for name, column in problems.items()}
+        )
+        if hosts.first():
+            with path.open("a") as file:
+                file.writelines(
+                    _sample_line(problems, some[found.group_B[b]], found, b)
+                    for b in range(len(found))
+                )
+        bar.update(len(some))
+
+
+def _whole_problems(path: epath.Path, num_samples: int) -> dict[int, list[str]]:
+    """prompt_id -> lines, of the problems that have all of theirs."""
+    lines: dict[int, list[str]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # Else it was cut off.
+                lines.setdefault(json.loads(line)["prompt_id"], []).append(line)
+    return {name: ls for name, ls in lines.items() if len(ls) == num_samples}
+
+
+def _sample_line(
+    problems: Mapping[str, Sequence[Any]], i: int, found: rollout.Rollout, b: int
+) -> str:
+    reward = float(found.reward_B[b])
+    row = {
+        "prompt_id": problems["prompt_ids"][i],
+        "prompt": problems["messages"][i],
+        "response": found.texts[b],
+        "answer": problems["answers"][i],
+        "data_source": problems["sources"][i],
+        "reward": reward if math.isfinite(reward) else None,
+        "correct": bool(found.correct_B[b]),
+        "finished": found.samples[b].finished,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def per_problem(

@@ -160,6 +160,9 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
         batch = abstract_batch((micro, *rows), floats)
     update = steps.compile_train_step(module.train_step(c, layout), layout, at)
     programs = {"update": update.trace(state, batch, number, rate)}
+    if task == "sft" and c.validation.split:
+        validate = steps.compile_score_step(sft.loss_step(c, layout), layout, at.params)
+        programs["validate"] = validate.trace(state.params, batch, number)
     if task == "gppo":
         score = steps.compile_score_step(gppo.score_step(c, layout), layout, at.params)
         to_score = abstract_batch((gppo.num_micro(c, c.rollout.max_groups), *rows))

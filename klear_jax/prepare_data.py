@@ -1,17 +1,33 @@
-"""Makes data sets and their tokenizer: python -m klear_jax.prepare_data --output=DIR."""
+"""Makes data sets.
+
+    python -m klear_jax.prepare_data --config=configs/data/sft.py [--config.KEY=VALUE ...]
+
+of raw files: parsed, cleaned, tokenised, as the config says; the same command goes on with
+what was begun.
+
+    python -m klear_jax.prepare_data --output=DIR
+
+of small problems that we make ourselves, with a tokenizer for them.
+"""
 
 import json
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
 
-from klear_jax import tokens
-from klear_jax.config import run_main
-from klear_jax.data import arithmetic, builders, examples, programs
+from klear_jax import config, tokens
+from klear_jax.data import (
+    arithmetic,
+    builders,
+    examples,
+    prepare,
+    programs,
+    report,
+    shards,
+)
 from klear_jax.errors import InputError
 
 # Our own set of flags, so that importing this file defines none for others.
@@ -51,7 +67,9 @@ _GENERATOR = flags.DEFINE_list(
 _HELP = flags.DEFINE_boolean("help", False, "Show this.", _FLAGS)
 
 
-def prepare(output: epath.PathLike, *settings: Mapping[str, Any]) -> list[epath.Path]:
+def make_problems(
+    output: epath.PathLike, *settings: Mapping[str, Any]
+) -> list[epath.Path]:
     """Writes data sets under output and one tokenizer for all to output/tokenizer.
 
     What is already there is kept, if it was made with the same settings.
@@ -91,7 +109,7 @@ def _prepare_one(output: epath.Path, settings: Mapping[str, Any]) -> epath.Path:
     builder = make(data_dir=output, settings=settings)
     path = epath.Path(builder.data_dir)
     if path.exists():
-        made_with = json.loads(_info(path).metadata["settings"])
+        made_with = json.loads(shards.read_builder(path).info.metadata["settings"])
         if made_with != settings:
             other = [key for key in settings if made_with[key] != settings[key]]
             raise InputError(
@@ -109,7 +127,7 @@ def _prepare_one(output: epath.Path, settings: Mapping[str, Any]) -> epath.Path:
 
 def counts_table(path: epath.PathLike) -> str:
     """A line a split of the data set in path: problems drawn, kept, dropped and why."""
-    info = _info(path)
+    info = shards.read_builder(path).info
     dropped = json.loads(info.metadata["dropped"])
     head = ["split", "drawn", "kept", *arithmetic.DROP_REASONS]
     lines = [head]
@@ -120,13 +138,6 @@ def counts_table(path: epath.PathLike) -> str:
         "  ".join(f"{cell:>{len(name)}}" for cell, name in zip(line, head, strict=True))
         for line in lines
     )
-
-
-def _info(path: epath.PathLike) -> tfds.core.DatasetInfo:
-    try:
-        return tfds.builder_from_directory(path).info
-    except Exception as error:  # TFDS and protobuf raise a class each.
-        raise InputError(f"{path} is a broken data set: {error}") from error
 
 
 def _generator(assignments: list[str]) -> dict[str, int]:
@@ -141,6 +152,24 @@ def _generator(assignments: list[str]) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     """The command, see above."""
+    if any(arg.lstrip("-").startswith("config") for arg in argv[1:]):
+        _prepare_files(argv)
+    else:
+        _make_problems(argv)
+
+
+def _prepare_files(argv: list[str]) -> None:
+    given = config.parse_flags(argv, __doc__, {"output": "In place of config.output."})
+    values = given.config.to_dict()
+    if given.output:
+        values["output"] = given.output
+    path = prepare.prepare(config.build(prepare.PrepareConfig, values))
+    summary = json.loads((path / "report.json").read_text())
+    print(report.as_markdown(summary))
+    print(f"data set  {path}\nreport    {path / 'report.md'}")
+
+
+def _make_problems(argv: list[str]) -> None:
     try:
         rest = _FLAGS(argv)[1:]
     except flags.Error as error:
@@ -162,11 +191,11 @@ def main(argv: list[str]) -> None:
         }
         for task in _TASK.value
     ]
-    for path in prepare(_OUTPUT.value, *settings):
+    for path in make_problems(_OUTPUT.value, *settings):
         print(counts_table(path))
         print(f"data set   {path}")
     print(f"tokenizer  {epath.Path(_OUTPUT.value) / 'tokenizer'}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    config.run_main(main)

@@ -6,7 +6,9 @@ the whole global batch.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,23 +27,51 @@ from klear_jax import (
     steps,
     tokens,
 )
-from klear_jax.data.batches import SftBatches, sft_batches
-from klear_jax.data.examples import read_examples
+from klear_jax.data.batches import Samples, SftBatches, read_samples, sft_batches
 from klear_jax.errors import InputError
 from klear_jax.metrics import Stopwatch, Writer, require_finite
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
 
+# Of the positions of packed rows, tokens fill about so many: what a number of epochs takes.
+FILL = 0.98
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     path: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
+    weights: Mapping[str, float]  # Source -> how often an epoch goes through it.
     row_tokens: int
     pack: bool  # Several samples a row, as segments that do not see each other.
     too_long: str  # A sample longer than a row: 'error', or 'drop' (counted).
     streams: int  # The samples are dealt to so many, each packed by itself.
+    prefetch: int  # Batches that a thread makes ahead.
+
+    def __post_init__(self):
+        if any(weight <= 0 for weight in self.weights.values()):
+            raise InputError("data.weights must be positive")
+        if self.prefetch < 0:
+            raise InputError("data.prefetch must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on samples that are not trained on, during training."""
+
+    split: str  # Of data.path; '': none.
+    every: int  # Steps.
+    batches: int  # The first ones, as many rows each as those of training.
+
+    def __post_init__(self):
+        if self.split and (self.every < 1 or self.batches < 1):
+            raise InputError(
+                "validation.every and validation.batches must be at least 1"
+            )
+
+    def due(self, steps_done: int) -> bool:
+        return bool(self.split) and steps_done % self.every == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +89,21 @@ class SftConfig:
     data: DataConfig
     batch_rows: int
     micro_rows: int
-    num_steps: int
+    num_steps: int  # 0: as many as num_epochs take.
+    num_epochs: float
     optim: optim.OptimConfig
     sampler: sampler.Engine
     rewards: routing.RewardConfig
+    validation: ValidationConfig
     evaluation: evaluate.EvaluationConfig
     checkpoint: checkpoint.CheckpointConfig
 
     def __post_init__(self):
         qwen3.check_remat(self.remat)
-        if self.num_steps < 1 or self.batch_rows < 1 or self.micro_rows < 1:
-            raise InputError("num_steps, batch_rows and micro_rows must be at least 1")
+        if self.batch_rows < 1 or self.micro_rows < 1:
+            raise InputError("batch_rows and micro_rows must be at least 1")
+        if (self.num_steps > 0) == (self.num_epochs > 0):
+            raise InputError("set one of num_steps and num_epochs, the other to 0")
         if self.batch_rows % self.micro_rows:
             raise InputError(
                 f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}"
@@ -83,15 +117,25 @@ class SftConfig:
 
 def train_step(config: SftConfig, layout: Layout) -> steps.TrainStep:
     """The update with loss and optimizer bound: pure, not yet compiled."""
-    loss_fn = functools.partial(
+    return functools.partial(
+        steps.train_step,
+        loss_fn=_loss(config, layout),
+        tx=optim.optimizer(config.optim),
+    )
+
+
+def loss_step(config: SftConfig, layout: Layout) -> Callable[..., steps.Metrics]:
+    """The loss alone, for validation: pure, not yet compiled."""
+    return functools.partial(steps.loss_step, loss_fn=_loss(config, layout))
+
+
+def _loss(config: SftConfig, layout: Layout) -> steps.LossFn:
+    return functools.partial(
         steps.lm_loss,
         config=config.model,
         layout=layout,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
-    )
-    return functools.partial(
-        steps.train_step, loss_fn=loss_fn, tx=optim.optimizer(config.optim)
     )
 
 
@@ -110,6 +154,8 @@ class Inputs:
     layout: Layout
     tokenizer: tokens.Tokenizer
     data: SftBatches
+    num_steps: int
+    validation: list[dict[str, np.ndarray]]  # Batches.
     problems: Mapping[str, Sequence[Any]]  # To evaluate on.
 
 
@@ -120,24 +166,84 @@ def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
     sampler.check_engine(config.sampler, layout, config.evaluation.row_tokens)
     tokenizer = tokens.load(config.tokenizer)
     tokens.check_fits(tokenizer, config.model.vocab_size)
+    sources = _read(config.data, config.data.split, tokenizer)
+    num_steps = config.num_steps or steps_of_epochs(config, sources)
     data = sft_batches(
-        read_examples(config.data.path, config.data.split),
-        tokenizer,
+        sources,
         row_tokens=config.data.row_tokens,
         rows_per_batch=config.batch_rows,
         seed=config.seed,
         pack=config.data.pack,
-        too_long=config.data.too_long,
         num_streams=config.data.streams,
         my_rows=steps.my_rows(config.batch_rows, config.micro_rows, layout),
+        prefetch=config.data.prefetch,
     )
+    _log_data(sources, num_steps, config)
     problems = evaluate.load_problems(
         config.evaluation,
         tokenizer,
         config.rewards,
         pool if config.evaluation.every else None,
     )
-    return Inputs(layout, tokenizer, data, problems)
+    validation = _validation_batches(config, tokenizer)
+    return Inputs(layout, tokenizer, data, num_steps, validation, problems)
+
+
+def _read(data: DataConfig, split: str, tokenizer: tokens.Tokenizer) -> list[Samples]:
+    return read_samples(
+        data.path,
+        split,
+        tokenizer,
+        row_tokens=data.row_tokens,
+        too_long=data.too_long,
+        weights=data.weights,
+    )
+
+
+def steps_of_epochs(config: SftConfig, sources: Sequence[Samples]) -> int:
+    """Updates that num_epochs take, where the rows are FILL full."""
+    room = config.batch_rows * config.data.row_tokens * FILL
+    return max(1, round(config.num_epochs * epoch_tokens(sources) / room))
+
+
+def epoch_tokens(sources: Sequence[Samples]) -> float:
+    return sum(one.weight * one.num_tokens for one in sources)
+
+
+def _log_data(sources: Sequence[Samples], num_steps: int, config: SftConfig) -> None:
+    samples = sum(one.weight * len(one.rows) for one in sources)
+    dropped = sum(one.num_dropped for one in sources)
+    if hosts.first():
+        logging.getLogger(__name__).info(
+            "%d steps; an epoch has %d samples of %d sources, %d tokens: about %.1f steps;"
+            " %d samples are longer than a row and left out",
+            num_steps,
+            samples,
+            len(sources),
+            epoch_tokens(sources),
+            steps_of_epochs(
+                dataclasses.replace(config, num_steps=0, num_epochs=1.0), sources
+            ),
+            dropped,
+        )
+
+
+def _validation_batches(
+    config: SftConfig, tokenizer: tokens.Tokenizer
+) -> list[dict[str, np.ndarray]]:
+    """All processes have all of them: they are few."""
+    if not config.validation.split:
+        return []
+    held_out = sft_batches(
+        _read(config.data, config.validation.split, tokenizer),
+        row_tokens=config.data.row_tokens,
+        rows_per_batch=config.batch_rows,
+        seed=config.seed,
+        shuffle=False,
+        num_epochs=1,
+        pack=config.data.pack,
+    )
+    return list(itertools.islice(held_out.iterator, config.validation.batches))
 
 
 def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
@@ -159,34 +265,53 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             layout=layout,
         )
         update = steps.compile_train_step(train_step(config, layout), layout, shardings)
+        validate = steps.compile_score_step(
+            loss_step(config, layout), layout, shardings.params
+        )
         weigh = jax.jit(
             losses.token_mean_weights, out_shardings=steps.batch_sharding(layout)
         )
         bar = tqdm.trange(
             first,
-            config.num_steps,
+            inputs.num_steps,
             desc="SFT",
             initial=first,
-            total=config.num_steps,
+            total=inputs.num_steps,
             disable=not hosts.first(),
         )
         watch, unread = Stopwatch(), []
+
+        def on_device(rows):
+            batch = steps.micro_batches(rows, config.micro_rows, num_micro, layout)
+            batch["weight"] = weigh(batch.pop("mask"))
+            return batch
+
         for step in bar:
             with watch.phase("data"):
                 rows = next(data.iterator)
-                batch = steps.micro_batches(rows, config.micro_rows, num_micro, layout)
-                batch["weight"] = weigh(batch.pop("mask"))
-            rate = optim.learning_rate(config.optim, step, config.num_steps)
-            state, found = update(state, batch, num_micro, rate)
-            unread.append((step, rows, rate, found))
+                batch = on_device(rows)
+            about = {
+                "learning_rate": optim.learning_rate(
+                    config.optim, step, inputs.num_steps
+                ),
+                "epoch": data.iterator.num_samples / data.num_samples,
+            }
+            state, found = update(state, batch, num_micro, about["learning_rate"])
+            unread.append((step, rows, about, found))
+            validates = config.validation.due(step + 1)
             evaluates = config.evaluation.due(step + 1)
-            saves = checkpoints.due(step + 1) or step + 1 == config.num_steps
+            saves = checkpoints.due(step + 1) or step + 1 == inputs.num_steps
             # Metrics are read one step late, so that the device never waits for the host.
-            while len(unread) > (0 if saves or evaluates else 1):
-                read_step, rows, rate, found = unread.pop(0)
-                values = summarise(jax.device_get(found), rows["tokens"].size)
-                values["learning_rate"] = rate
+            while len(unread) > (0 if saves or evaluates or validates else 1):
+                read_step, rows, about, found = unread.pop(0)
+                values = summarise(jax.device_get(found), rows["tokens"].size) | about
                 require_finite(values, rows, config.workdir, read_step)
+                if validates and read_step == step:
+                    with watch.phase("validate"):
+                        values |= mean_loss(
+                            validate(state.params, on_device(rows), num_micro)
+                            for rows in inputs.validation
+                        )
                 if evaluates and read_step == step:
                     with watch.phase("evaluate"):
                         values |= evaluate.during_training(
@@ -203,6 +328,19 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             if saves:
                 checkpoints.save(step + 1, state, data.iterator)
                 writer.publish()
+
+
+def mean_loss(batches: Iterable[steps.Metrics]) -> dict[str, float]:
+    """The token means over validation batches, ready to be written."""
+    found = jax.device_get(list(batches))
+    tokens = sum(one["tokens"] for one in found)
+    return {
+        "validation/loss": float(
+            sum(one["loss"] * one["tokens"] for one in found) / tokens
+        ),
+        "validation/likely": float(sum(one["tokens_likely"] for one in found) / tokens),
+        "validation/tokens": int(tokens),
+    }
 
 
 def summarise(found: dict[str, np.ndarray], room: int) -> dict[str, float]:

@@ -90,9 +90,26 @@ def accumulate(
         # Behind the barrier, or XLA sums whole matrices in the loop and splits them after it.
         return jax.lax.optimization_barrier(grads), metrics | {"loss": loss}
 
+    return _sum(one, num_micro)
+
+
+def loss_step(
+    params: qwen3.Params, batch: Batch, num_micro: jax.Array, *, loss_fn: LossFn
+) -> Metrics:
+    """The metrics of `loss_fn` with `loss`, of the first `num_micro` micro-batches."""
+
+    def one(i):
+        loss, metrics = loss_fn(params, jax.tree.map(lambda x: x[i], batch))
+        return metrics | {"loss": loss}
+
+    return _sum(one, num_micro)
+
+
+def _sum(one: Callable[[jax.Array], Any], count: jax.Array) -> Any:
+    """one(0) + ... + one(count - 1), of trees of arrays."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(
-        0, num_micro, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros
+        0, count, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros
     )
 
 
@@ -237,9 +254,10 @@ def check_micro_rows(micro_rows: int, layout: Layout) -> None:
 
 
 def compile_score_step(
-    step: Callable[..., jax.Array], layout: Layout, params_shardings: Any
-) -> Callable[..., jax.Array]:
-    """`score_step` with the model bound -> the program, whose result every host can read."""
+    step: Callable[..., Any], layout: Layout, params_shardings: Any
+) -> Callable[..., Any]:
+    """`score_step` or `loss_step` with all bound -> the program, whose result every host
+    can read."""
     return jax.jit(
         step,
         in_shardings=(params_shardings, batch_sharding(layout), None),

@@ -5,6 +5,7 @@ The only file that knows a tokenizer library or jinja.
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import re
@@ -47,11 +48,13 @@ class Tokenizer:
       path: the vocabulary's file; error messages name it.
       vocab_size: largest id + 1.
       stop_ids: ids that end a response; the first ends an assistant's turn in training.
+      fingerprint: of all that decides on the ids of a conversation.
     """
 
     path: epath.Path
     vocab_size: int
     stop_ids: tuple[int, ...]
+    fingerprint: str
     _vocabulary: "_HuggingFace | _SentencePiece"
     _template: jinja2.Template
     _named_tokens: Mapping[str, str]
@@ -125,10 +128,13 @@ def load(path: epath.PathLike) -> Tokenizer:
                 f"{path}: the chat template needs {marker} as a single token,"
                 " but the vocabulary has none"
             )
+    stop_ids = _stop_ids(path, vocabulary, named)
+    made_of = b"\0".join([data, source.encode(), repr((stop_ids[0], named)).encode()])
     return Tokenizer(
         path=path,
         vocab_size=vocabulary.size,
-        stop_ids=_stop_ids(path, vocabulary, named),
+        stop_ids=stop_ids,
+        fingerprint=hashlib.sha256(made_of).hexdigest()[:16],
         _vocabulary=vocabulary,
         _template=_compile(path.parent, source),
         _named_tokens=named,

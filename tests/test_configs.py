@@ -155,6 +155,7 @@ NUMBERS = {
         "optim.peak_lr": 8e-5,
         "optim.end_lr": 4e-5,
         "optim.decay": "cosine",
+        "num_epochs": 4.0,
         "evaluation.num_samples": 64,
         "evaluation.temperature": 0.6,
         "evaluation.top_p": 0.95,
@@ -343,7 +344,8 @@ def test_updates_of_a_rollout_batch(name, groups, sizes):
 )
 def test_learning_rates(name, step, rate):
     _, c = parse(name)
-    assert optim.learning_rate(c.optim, step, c.num_steps) == pytest.approx(rate)
+    num_steps = c.num_steps or 14_600  # Of sft_8b: num_epochs decide.
+    assert optim.learning_rate(c.optim, step, num_steps) == pytest.approx(rate)
 
 
 def test_parameters_of_8b():
@@ -480,7 +482,17 @@ SFT_REFUSED = [
         {"batch_rows": 25, "micro_rows": 24},
         "in config: batch_rows=25 must be a multiple of micro_rows=24",
     ),
-    ({"num_steps": 0}, "in config: num_steps, batch_rows and micro_rows must be at"),
+    ({"micro_rows": 0}, "in config: batch_rows and micro_rows must be at least 1"),
+    (
+        {"num_steps": 0},
+        "in config: set one of num_steps and num_epochs, the other to 0",
+    ),
+    ({"num_epochs": 1.0}, "in config: set one of num_steps and num_epochs"),
+    ({"data.weights.math": 0.0}, "in config.data: data.weights must be positive"),
+    (
+        {"validation.split": "test", "validation.batches": 0},
+        "validation.every and validation.batches must be at least 1",
+    ),
     ({"model.head_dim": 3}, "in config.model: model.head_dim must be even"),
     ({"model.num_kv_heads": 3}, "must be a multiple of model.num_kv_heads (3)"),
     ({"optim.decay": "step"}, "optim.decay must be 'cosine' or 'linear', not 'step'"),

@@ -29,7 +29,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     output = tmp_path_factory.mktemp("prepared")
-    [path] = prepare_data.prepare(output, SETTINGS)
+    [path] = prepare_data.make_problems(output, SETTINGS)
     return output, path
 
 
@@ -50,6 +50,13 @@ def make_examples(lengths):
         )
         for i, length in enumerate(lengths)
     ]
+
+
+def sft_of(data, tokenizer, *, row_tokens, too_long="error", **arguments):
+    samples = batches.text_samples(
+        data, tokenizer, row_tokens=row_tokens, too_long=too_long
+    )
+    return batches.sft_batches([samples], row_tokens=row_tokens, **arguments)
 
 
 def segments(batch):
@@ -161,11 +168,11 @@ def test_data_set_holds_the_problems(prepared):
 def test_preparing_again_keeps_all_and_other_settings_are_refused(prepared, capsys):
     output, path = prepared
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
-    assert prepare_data.prepare(output, SETTINGS) == [path]
+    assert prepare_data.make_problems(output, SETTINGS) == [path]
     assert "there already" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*")} == before
     with pytest.raises(InputError, match=r"another seed \(0\): choose another folder"):
-        prepare_data.prepare(output, {**SETTINGS, "seed": 1})
+        prepare_data.make_problems(output, {**SETTINGS, "seed": 1})
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ def test_preparing_again_keeps_all_and_other_settings_are_refused(prepared, caps
 )
 def test_bad_settings(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
-        prepare_data.prepare(tmp_path, {**SETTINGS, **change})
+        prepare_data.make_problems(tmp_path, {**SETTINGS, **change})
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,7 @@ def test_packing_loses_nothing(tokenizer, lengths, rows, pack, pool, num_epochs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "PACKING_POOL", pool)
         data = make_examples(lengths)
-        sft = batches.sft_batches(
+        sft = sft_of(
             data,
             tokenizer,
             row_tokens=50,
@@ -230,7 +237,7 @@ def test_packing_loses_nothing(tokenizer, lengths, rows, pack, pool, num_epochs)
     counted = collections.Counter(s for batch in found for s in segments(batch))
     assert counted == collections.Counter(expected)
     assert sft.num_samples == len(data)
-    assert sft.num_tokens * num_epochs == sum(len(ids) for ids, _, _ in expected)
+    assert sft.iterator.num_samples == len(data) * num_epochs
     for batch in found:
         padding = batch["segment_ids"] == 0
         for name, values in batch.items():
@@ -256,7 +263,7 @@ def test_sft_state_restores_the_rest(tokenizer, done, rows, pool, pack):
         patch.setattr(batches, "PACKING_POOL", pool)
 
         def iterator():
-            return batches.sft_batches(
+            return sft_of(
                 make_examples([1, 30, 7, 12, 3, 25, 18, 2, 9]),
                 tokenizer,
                 row_tokens=64,
@@ -277,7 +284,7 @@ def test_sft_state_restores_the_rest(tokenizer, done, rows, pool, pack):
 
 def test_packed_rows_are_nearly_full(tokenizer):
     lengths = np.random.default_rng(0).integers(1, 50, 300)
-    sft = batches.sft_batches(
+    sft = sft_of(
         make_examples(lengths.tolist()),
         tokenizer,
         row_tokens=128,
@@ -293,7 +300,7 @@ def test_sft_epochs_differ_and_seed_decides(tokenizer, monkeypatch):
 
     def order(seed):
         data = make_examples([1] * 30)
-        sft = batches.sft_batches(
+        sft = sft_of(
             data, tokenizer, row_tokens=32, rows_per_batch=30, seed=seed, num_epochs=2
         )
         return [s[0] for batch in sft.iterator for s in segments(batch)]
@@ -316,7 +323,7 @@ def test_who_reads_which_rows_changes_no_batch(tokenizer, streams, owners, done)
     data = make_examples(range(1, 19))
 
     def iterator(rows=None):
-        return batches.sft_batches(
+        return sft_of(
             data,
             tokenizer,
             row_tokens=64,
@@ -353,7 +360,7 @@ def test_who_reads_which_rows_changes_no_batch(tokenizer, streams, owners, done)
 
 def test_streams_share_the_samples(tokenizer):
     data = make_examples(range(1, 12))
-    sft = batches.sft_batches(
+    sft = sft_of(
         data,
         tokenizer,
         row_tokens=64,
@@ -364,23 +371,23 @@ def test_streams_share_the_samples(tokenizer):
     )
     found = [s for batch in sft.iterator for s in segments(batch)]
     assert sorted(found) == sorted(expected_segment(tokenizer, x) for x in data)
-    assert (sft.num_samples, sft.num_dropped) == (11, 0)
+    assert sft.num_samples == sft.iterator.num_samples == 11
 
 
 def test_samples_longer_than_a_row(tokenizer):
     data = make_examples([3, 90, 4])
     arguments = {"row_tokens": 40, "rows_per_batch": 2, "seed": 0, "num_epochs": 1}
     with pytest.raises(InputError, match=r"example 1 has .* tokens, but a row has 40"):
-        batches.sft_batches(data, tokenizer, **arguments)
-    sft = batches.sft_batches(data, tokenizer, **arguments, too_long="drop")
-    assert (sft.num_samples, sft.num_dropped) == (2, 1)
+        sft_of(data, tokenizer, **arguments)
+    sft = sft_of(data, tokenizer, **arguments, too_long="drop")
+    assert sft.num_samples == 2
     found = [s for batch in sft.iterator for s in segments(batch)]
     kept = [data[0], data[2]]
     assert sorted(found) == sorted(expected_segment(tokenizer, x) for x in kept)
     longest = len(expected_segment(tokenizer, data[1])[0])
-    batches.sft_batches(data, tokenizer, **{**arguments, "row_tokens": longest})
+    sft_of(data, tokenizer, **{**arguments, "row_tokens": longest})
     with pytest.raises(InputError, match="none of 1 samples"):
-        batches.sft_batches(data[1:2], tokenizer, **arguments, too_long="drop")
+        sft_of(data[1:2], tokenizer, **arguments, too_long="drop")
 
 
 def test_prompts_in_order(prepared, tokenizer):
@@ -437,14 +444,12 @@ def test_batches_that_cannot_be(tokenizer):
     with pytest.raises(InputError, match="has 2 prompts, a step needs 3"):
         batches.prompt_batches(data, tokenizer, prompts_per_step=3, **step)
     with pytest.raises(InputError, match=r"3 rows of a batch .* from 2 streams"):
-        batches.sft_batches(
-            data, tokenizer, row_tokens=32, rows_per_batch=3, seed=0, num_streams=2
-        )
+        sft_of(data, tokenizer, row_tokens=32, rows_per_batch=3, seed=0, num_streams=2)
     bare = examples.Example("row 7", 0, data[0].messages, None, None)
     with pytest.raises(InputError, match="row 7 has no answer"):
         batches.all_prompts([bare], tokenizer, max_prompt_tokens=32)
     with pytest.raises(InputError, match="row 7 has no response"):
-        batches.sft_batches([bare], tokenizer, row_tokens=32, rows_per_batch=1, seed=0)
+        sft_of([bare], tokenizer, row_tokens=32, rows_per_batch=1, seed=0)
 
 
 def test_json_lines(tmp_path):
@@ -469,19 +474,19 @@ def test_json_lines(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (b'{"problem": "1', "line 2 is not JSON"),
-        (b'{"problem": "\xff", "answer": "1"}', "line 2 is not JSON"),
-        (b"[" * 100_000, "line 2 is not JSON"),
-        (b"[1]", "line 2 is not a JSON object"),
-        (b'{"answer": "1"}', "line 2: prompt or problem must be"),
-        (b'{"problem": "", "answer": "1"}', "line 2: prompt or problem must be"),
-        (b'{"problem": "\\ud800", "answer": "1"}', "line 2: prompt or problem must"),
-        (b'{"prompt": [], "answer": "1"}', "line 2: prompt or problem must be"),
+        (b'{"problem": "1', "line 2: not JSON"),
+        (b'{"problem": "\xff", "answer": "1"}', "line 2: not JSON"),
+        (b"[" * 100_000, "line 2: not JSON"),
+        (b"[1]", "line 2: not a JSON object"),
+        (b'{"answer": "1"}', "line 2: prompt or problem or messages or"),
+        (b'{"problem": "", "answer": "1"}', "line 2: prompt or problem or"),
+        (b'{"problem": "\\ud800", "answer": "1"}', "line 2: prompt or problem"),
+        (b'{"prompt": [], "answer": "1"}', "line 2: prompt or problem or"),
         (b'{"prompt": [{"role": "user"}], "answer": "1"}', "line 2: a message is not"),
         (b'{"problem": "1", "answer": [1]}', "line 2: answer must be text"),
         (b'{"problem": "1", "answer": true}', "line 2: answer must be text"),
         (b'{"problem": "1", "response": ""}', "line 2: response must be text"),
-        (b'{"problem": "1"}', "line 2 has neither answer nor response"),
+        (b'{"problem": "1"}', "line 2: neither answer nor response"),
     ],
 )
 def test_bad_line_is_named(tmp_path, line, message):

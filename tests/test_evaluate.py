@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from concurrent import futures
 
 import hypothesis
@@ -10,8 +11,10 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from klear_jax import evaluate, sampler
+from klear_jax.data import cleaning, prepare
 from klear_jax.errors import InputError
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Outcome
@@ -51,12 +54,14 @@ SAMPLED = [
     [[0], [0, 0, 0], [0], [0]],
     [[1], [1], [1], [0, 1]],
 ]
+ALL_SAMPLED = SAMPLED
 GREEDY = [[[1]], [[0, 1]], [[0]]]
 PROBLEMS = {
     "tokens": [[5], [6], [7]],
     "prompt_ids": [0, 1, 2],
     "answers": ["a", "b", "c"],
     "problems": ["x", "y", "z"],
+    "messages": [[{"role": "user", "content": c}] for c in "xyz"],
     "sources": ["", "", ""],
 }
 
@@ -102,11 +107,11 @@ def calls(monkeypatch):
     return calls
 
 
-def run(config, pool=None):
+def run(config, pool=None, problems=PROBLEMS):
     return evaluate.evaluate(
         {},
         None,
-        PROBLEMS,
+        problems,
         Tokenizer(),
         pool or Pool(),
         REWARDS,
@@ -179,6 +184,47 @@ def test_per_problem(calls):
         {"prompt_id": 1, "problem": "y", "correct": [0.0, 1.0]},
         {"prompt_id": 2, "problem": "z", "correct": [1.0, 0.0]},
     ]
+
+
+def test_samples_are_written_once_and_make_pass_rates(calls, monkeypatch, tmp_path):
+    """Also where the command was killed in the middle of a line."""
+    monkeypatch.setattr(evaluate, "SAMPLED_AT_ONCE", 1)
+    config = dataclasses.replace(CONFIG, greedy=False)
+    asked = []
+
+    def one_problem(problems):
+        [name] = problems["prompt_ids"]
+        asked.append(name)
+        monkeypatch.setattr(sys.modules[__name__], "SAMPLED", [ALL_SAMPLED[name]])
+        return run(config, problems=problems)
+
+    path = epath.Path(tmp_path / "samples.jsonl")
+    evaluate.write_samples(path, PROBLEMS, config, one_problem)
+    whole = path.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["correct"] for row in rows] == [
+        1 in tokens for samples in ALL_SAMPLED for tokens in samples
+    ]
+    assert rows[1] == {
+        "prompt_id": 0,
+        "prompt": [{"role": "user", "content": "x"}],
+        "response": "0 1",
+        "answer": "a",
+        "data_source": "",
+        "reward": 1.0,
+        "correct": True,
+        "finished": True,
+    }
+    rates = prepare.read_pass_rates((str(path),))
+    hashes = map(cleaning.prompt_hash, PROBLEMS["messages"])
+    assert [rates[one] for one in hashes] == [0.75, 0.0, 1.0]
+    path.write_text(whole[: len(whole) * 2 // 3])
+    asked.clear()
+    evaluate.write_samples(path, PROBLEMS, config, one_problem)
+    assert path.read_text() == whole
+    assert asked in ([1, 2], [2])
+    with pytest.raises(InputError, match=r"needs evaluation.num_samples above 0 and"):
+        evaluate.write_samples(path, PROBLEMS, CONFIG, one_problem)
 
 
 @hypothesis.given(

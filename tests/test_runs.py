@@ -45,7 +45,7 @@ def prepare(folder):
         "direct_share": 0.5,
         "generator": {},
     }
-    prepare_data.prepare(folder, settings)
+    prepare_data.make_problems(folder, settings)
 
 
 @pytest.fixture(scope="module")

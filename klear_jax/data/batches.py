@@ -7,15 +7,18 @@ batches that were to come, also on another number of processes.
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import grain
 import numpy as np
 import tqdm
+from etils import epath
 
 from klear_jax import hosts
-from klear_jax.data.examples import Example
+from klear_jax.data import shards
+from klear_jax.data.examples import Example, read_examples
+from klear_jax.data.samples import tokenize
 from klear_jax.errors import InputError
 from klear_jax.tokens import Tokenizer
 
@@ -32,10 +35,18 @@ class Streams:
     A stream is an iterator over parts of batches, made from examples of its own; so what is
     in a batch does not depend on who reads which stream. Rows of streams that this process
     does not read are empty here.
+
+    Attributes:
+      num_samples: how many have come, of the streams that this process reads.
     """
 
     def __init__(self, mine: Mapping[int, grain.DatasetIterator], count: int):
         self._mine, self._count = dict(mine), count
+        self._seen = dict.fromkeys(mine, 0)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self._seen.values())
 
     def __iter__(self) -> "Streams":
         return self
@@ -51,18 +62,189 @@ class Streams:
             for name, x in like.items()
         }
         for stream, part in parts.items():
+            self._seen[stream] += int(part["segment_ids"].max(axis=1).sum())
             for name, x in part.items():
                 batch[name][stream :: self._count] = x
         return batch
 
     def get_state(self) -> dict[str, Any]:
         """Of all streams, whoever reads them; all processes must ask."""
-        mine = {str(stream): it.get_state() for stream, it in self._mine.items()}
+        mine = {
+            str(stream): {"position": it.get_state(), "seen": self._seen[stream]}
+            for stream, it in self._mine.items()
+        }
         return {stream: s for part in hosts.gather(mine) for stream, s in part.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         for stream, it in self._mine.items():
-            it.set_state(state[str(stream)])
+            it.set_state(state[str(stream)]["position"])
+            self._seen[stream] = state[str(stream)]["seen"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Demonstrations of one source, by index: in memory, or read from a data set.
+
+    Attributes:
+      name: of the source.
+      weight: how often an epoch goes through them.
+      rows: a sequence of dicts of int32 [n]: tokens, and mask (1 = trained: the response
+        and its stop token).
+      num_tokens: of all, prompts included.
+      num_dropped: samples left out because they are longer than a row.
+    """
+
+    name: str
+    weight: float
+    rows: Sequence[Mapping[str, np.ndarray]]
+    num_tokens: int
+    num_dropped: int = 0
+
+
+def text_samples(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    row_tokens: int,
+    too_long: Literal["error", "drop"],
+    name: str = "",
+) -> Samples:
+    """Examples, tokenised now and kept in memory.
+
+    Args:
+      examples: with responses.
+      tokenizer: its chat template makes the prompt, its first stop id ends the response.
+      row_tokens: the most tokens that a sample may have.
+      too_long: what becomes of a longer one.
+      name: of the source.
+
+    Raises:
+      InputError: an example without response or too long; nothing left.
+    """
+    rows = []
+    for example in _progress(examples):
+        if example.response is None:
+            raise InputError(f"{example.origin} has no response to learn from")
+        prompt, response = tokenize(example.messages, example.response, tokenizer)
+        length = len(prompt) + len(response)
+        if length <= row_tokens:
+            rows.append(_sample(np.array(prompt + response, np.int32), len(prompt)))
+        elif too_long == "error":
+            raise InputError(
+                f"{example.origin} has {length} tokens, but a row has {row_tokens}"
+            )
+    if not rows:
+        raise InputError(f"none of {len(examples)} samples fits a row of {row_tokens}")
+    num_tokens = sum(len(row["tokens"]) for row in rows)
+    return Samples(name, 1.0, rows, num_tokens, len(examples) - len(rows))
+
+
+def _sample(tokens: np.ndarray, prompt_tokens: int) -> dict[str, np.ndarray]:
+    mask = (np.arange(len(tokens)) >= prompt_tokens).astype(np.int32)
+    return {"tokens": tokens, "mask": mask}
+
+
+def read_samples(
+    path: epath.PathLike,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    row_tokens: int,
+    too_long: Literal["error", "drop"],
+    weights: Mapping[str, float],
+) -> list[Samples]:
+    """What SFT learns from: `prepared_samples` where prepare_data made them, or the
+    `text_samples` of any other data set or file.
+
+    Args:
+      weights: name of a source -> how often an epoch goes through it, in place of what
+        the data set says.
+    """
+    first = epath.Path(str(path).split(",")[0])
+    if first.is_dir() and shards.read_metadata(first):
+        found = prepared_samples(path, split, tokenizer, row_tokens=row_tokens)
+    else:
+        found = [
+            text_samples(
+                read_examples(path, split),
+                tokenizer,
+                row_tokens=row_tokens,
+                too_long=too_long,
+            )
+        ]
+    names = {one.name for one in found}
+    if unknown := sorted(set(weights) - names):
+        raise InputError(
+            f"data.weights names {unknown}; the sources are {sorted(names)}"
+        )
+    return [
+        dataclasses.replace(one, weight=weights.get(one.name, one.weight))
+        for one in found
+    ]
+
+
+def prepared_samples(
+    path: epath.PathLike, split: str, tokenizer: Tokenizer, *, row_tokens: int
+) -> list[Samples]:
+    """The sources of data sets that `prepare_data` made, read when they are needed.
+
+    Args:
+      path: folders of their versions, with commas between.
+      split: such as 'train', or 'train_easy+train_hard'.
+      tokenizer: must be the one that they were made with.
+      row_tokens: no sample may have more.
+
+    Raises:
+      InputError: a folder that is no such data set, or none for this tokenizer and rows.
+    """
+    found = []
+    for folder in str(path).split(","):
+        metadata = shards.read_metadata(folder)
+        if metadata is None or metadata["made_with"]["kind"] != "sft":
+            raise InputError(f"{folder} holds no SFT data that prepare_data made")
+        if metadata["tokenizer"] != tokenizer.fingerprint:
+            raise InputError(
+                f"{folder} was made with another tokenizer or chat template than "
+                f"{tokenizer.path.parent}: prepare it anew"
+            )
+        if metadata["max_tokens"] > row_tokens:
+            raise InputError(
+                f"{folder} has samples of up to {metadata['max_tokens']} tokens, a row has "
+                f"{row_tokens}: prepare it with clean.max_tokens={row_tokens}"
+            )
+        for part in split.split("+"):
+            found += _prepared_sources(folder, part, metadata)
+    return found
+
+
+def _prepared_sources(
+    folder: str, split: str, metadata: Mapping[str, Any]
+) -> Iterator[Samples]:
+    source = shards.read_source(folder, split)
+    start = 0
+    for one in metadata["sources"][split]:
+        if one["samples"]:
+            rows = _Rows(source, start, one["samples"])
+            yield Samples(one["name"], one["weight"], rows, one["tokens"])
+        start += one["samples"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Samples `start` to `start + count` of a data set, read and decoded one by one."""
+
+    source: Sequence[Mapping[str, Any]]
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        row = self.source[self.start + index]
+        return _sample(row["tokens"], row["prompt_tokens"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,50 +252,45 @@ class SftBatches:
     """An iterator of batches and what one epoch of it holds (as far as it is read here).
 
     Attributes:
-      iterator: of dicts of int32 arrays [B, T]: tokens; mask (1 = trained: the response
-        and its stop token); segment_ids (1.. in each row, 0 = padding); positions (from
-        0 in each segment).
+      iterator: of dicts of int32 arrays [B, T]: tokens; mask (1 = trained); segment_ids
+        (1.. in each row, 0 = padding); positions (from 0 in each segment).
       num_samples: samples of an epoch.
-      num_tokens: their tokens, prompts included.
-      num_dropped: samples left out because they are longer than a row.
     """
 
     iterator: Streams
-    num_samples: int
-    num_tokens: int
-    num_dropped: int
+    num_samples: float
 
 
 def sft_batches(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
+    sources: Sequence[Samples],
     *,
     row_tokens: int,
     rows_per_batch: int,
     seed: int,
+    shuffle: bool = True,
     num_epochs: int | None = None,
     pack: bool = True,
-    too_long: Literal["error", "drop"] = "error",
     num_streams: int = 1,
     my_rows: Sequence[int] | None = None,
+    prefetch: int = 0,
 ) -> SftBatches:
-    """Shuffles (anew in each epoch), tokenises and packs samples into rows.
+    """Shuffles (anew in each epoch), mixes and packs samples into rows.
 
     Args:
-      examples: with responses.
-      tokenizer: its chat template makes the prompt, its first stop id ends the response.
+      sources: go evenly through an epoch, each as often as its weight says.
       row_tokens: tokens of a row (T).
       rows_per_batch: rows of a batch (B).
       seed: of the order.
-      num_epochs: then the iterator ends, its last batch filled up with empty rows; None:
-        never.
+      shuffle: or in order.
+      num_epochs: then the iterator ends, its last batch filled up with empty rows, and each
+        sample has come so often, whatever its source's weight; None: never.
       pack: several samples a row, or one.
-      too_long: what becomes of a sample longer than a row.
-      num_streams: the examples are dealt to so many `Streams`, each packed by itself.
+      num_streams: the samples are dealt to so many `Streams`, each packed by itself.
       my_rows: of a batch, those that this process needs; None: all.
+      prefetch: batches that a thread makes ahead.
 
     Raises:
-      InputError: an example without response or longer than a row; nothing left.
+      InputError: rows that cannot be dealt to the streams, or a stream without samples.
     """
     if rows_per_batch % num_streams:
         raise InputError(
@@ -121,29 +298,49 @@ def sft_batches(
         )
     if my_rows is None:
         my_rows = range(rows_per_batch)
-    rows = rows_per_batch // num_streams
-    streams, counts = {}, np.zeros(3, int)
+    stack = functools.partial(_stack, num_rows=rows_per_batch // num_streams)
+    streams, num_samples = {}, 0.0
     for stream in sorted({row % num_streams for row in my_rows}):
-        mine = examples[stream::num_streams]
-        samples = _sft_samples(mine, tokenizer, row_tokens, too_long)
-        lengths = [len(sample["tokens"]) for sample in samples]
-        counts += len(samples), sum(lengths), len(mine) - len(samples)
-        dataset = (
-            grain.MapDataset.source(samples)
-            .shuffle(seed)
-            .repeat(num_epochs)
-            .to_iter_dataset(IN_PROCESS)
-        )
+        mine = [
+            (one.weight, dealt)
+            for one in sources
+            if len(dealt := grain.MapDataset.source(one.rows)[stream::num_streams])
+        ]
+        if not mine:
+            raise InputError(
+                f"{sum(len(one.rows) for one in sources)} samples are too few for "
+                f"data.streams={num_streams}"
+            )
+        num_samples += sum(weight * len(dealt) for weight, dealt in mine)
+        mixed = _mix(mine, seed if shuffle else None, num_epochs)
         dataset = grain.experimental.BestFitPackIterDataset(
-            dataset,
+            mixed.to_iter_dataset(IN_PROCESS),
             length_struct={"tokens": row_tokens, "mask": row_tokens},
             num_packing_bins=PACKING_POOL,
             seed=seed,
             max_sequences_per_bin=None if pack else 1,
-        )
-        stack = functools.partial(_stack, num_rows=rows)
-        streams[stream] = iter(dataset.batch(rows, batch_fn=stack))
-    return SftBatches(Streams(streams, num_streams), *map(int, counts))
+        ).batch(rows_per_batch // num_streams, batch_fn=stack)
+        if prefetch:
+            dataset = grain.experimental.ThreadPrefetchIterDataset(
+                dataset, prefetch_buffer_size=prefetch
+            )
+        streams[stream] = iter(dataset)
+    return SftBatches(Streams(streams, num_streams), num_samples)
+
+
+def _mix(
+    parts: Sequence[tuple[float, grain.MapDataset]],
+    seed: int | None,
+    num_epochs: int | None,
+) -> grain.MapDataset:
+    """Of each (weight, data set) so much that all come to their ends together; of a number
+    of epochs, all."""
+    datasets = [one if seed is None else one.shuffle(seed) for _, one in parts]
+    if num_epochs:
+        whole = grain.MapDataset.concatenate(datasets)
+        return (whole if seed is None else whole.shuffle(seed)).repeat(num_epochs)
+    weights = [weight * len(one) for weight, one in parts]
+    return grain.MapDataset.mix([one.repeat() for one in datasets], weights)
 
 
 def prompt_batches(
@@ -202,46 +399,14 @@ def all_prompts(
     max_prompt_tokens: int,
     too_long: Literal["error", "truncate_left"] = "error",
 ) -> dict[str, list[Any]]:
-    """All prompts in order: lists prompt_ids, tokens (a list each), answers, problems,
-    sources."""
+    """All prompts in order: lists prompt_ids, messages, tokens (a list each), answers,
+    problems, sources."""
     return _columns(_prompts(examples, tokenizer, max_prompt_tokens, too_long))
-
-
-def _sft_samples(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    row_tokens: int,
-    too_long: Literal["error", "drop"],
-) -> list[dict[str, np.ndarray]]:
-    samples = []
-    for example in _progress(examples):
-        sample = _sft_sample(example, tokenizer)
-        length = len(sample["tokens"])
-        if length <= row_tokens:
-            samples.append(sample)
-        elif too_long == "error":
-            raise InputError(
-                f"{example.origin} has {length} tokens, but a row has {row_tokens}"
-            )
-    if not samples:
-        raise InputError(f"none of {len(examples)} samples fits a row of {row_tokens}")
-    return samples
 
 
 def _progress(examples: Sequence[Example]) -> "tqdm.tqdm[Example]":
     quiet = not hosts.first()
     return tqdm.tqdm(examples, desc="tokenising", unit="", delay=1, disable=quiet)
-
-
-def _sft_sample(example: Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    if example.response is None:
-        raise InputError(f"{example.origin} has no response to learn from")
-    prompt = tokenizer.prompt(example.messages)
-    response = [*tokenizer.encode(example.response), tokenizer.stop_ids[0]]
-    return {
-        "tokens": np.array(prompt + response, np.int32),
-        "mask": np.repeat(np.array([0, 1], np.int32), [len(prompt), len(response)]),
-    }
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]], num_rows: int) -> dict[str, Any]:
@@ -279,6 +444,7 @@ def _prompts(
         prompts.append(
             {
                 "prompt_ids": example.prompt_id,
+                "messages": example.messages,
                 "tokens": tokens[-max_prompt_tokens:],
                 "answers": example.answer,
                 "problems": example.problem,

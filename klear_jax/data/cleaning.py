@@ -1,0 +1,108 @@
+"""What is wrong with a sample: think tags, and passages of benchmarks in its prompt."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+from klear_jax.errors import InputError
+
+# A word is a run of letters and digits, or one character of a script without spaces.
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[^\W_])+")
+# Benchmark problems of fewer words are looked for as a whole prompt, not within one.
+SHORTEST_PASSAGE = 4
+
+
+def prompt_hash(messages: Sequence[Mapping[str, str]]) -> int:
+    """63 bits of a prompt: of roles and contents, exactly, but for white space at the ends."""
+    said = [[message["role"], message["content"].strip()] for message in messages]
+    return text_hash(json.dumps(said, ensure_ascii=False))
+
+
+def text_hash(text: str) -> int:
+    """63 bits of a text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def think_fault(response: str) -> str | None:
+    """What is wrong with the response's <think>...</think>; None where nothing is."""
+    opened, closed = response.count("<think>"), response.count("</think>")
+    if not opened:
+        return "no <think>"
+    if not closed:
+        return "<think> without </think>"
+    if opened > 1 or closed > 1:
+        return "<think> or </think> more than once"
+    before, _, rest = response.partition("<think>")
+    _, closes, after = rest.partition("</think>")
+    if not closes:
+        return "</think> before <think>"
+    if before.strip():
+        return "text before <think>"
+    if not after.strip():
+        return "nothing after </think>"
+    return None
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: Unicode's compatible forms made one, case folded, everything
+    that is neither letter nor digit left out (so `\\frac{1}{2}` is frac, 1, 2)."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+class Benchmarks:
+    """Passages of benchmark problems, to find in prompts.
+
+    A prompt is contaminated if it has n words in a row in common with a problem (the paper:
+    n = 9), as `words` reads both. A problem of fewer words counts where it stands as a
+    whole in a prompt, and one of fewer than SHORTEST_PASSAGE where it is the prompt.
+    """
+
+    def __init__(
+        self, problems: Iterable[tuple[str, str]], *, n: int, allowed: Sequence[str]
+    ):
+        """Takes all passages of n words of the problems.
+
+        Args:
+          problems: name and text of each.
+          n: words of a passage.
+          allowed: phrases whose passages do not count, such as "where m and n are
+            relatively prime positive integers": many problems have them.
+
+        Raises:
+          InputError: a problem without a word, or of which nothing is left.
+        """
+        harmless = {p for phrase in allowed for p in _passages(words(phrase), n)}
+        self._passages: dict[int, dict[str, str]] = {}
+        self._whole: dict[str, str] = {}
+        for name, text in problems:
+            found = words(text)
+            length = min(n, len(found))
+            if not length:
+                raise InputError(f"the problem {name} has no word to look for")
+            if length < SHORTEST_PASSAGE:
+                self._whole.setdefault(" ".join(found), name)
+                continue
+            passages = [p for p in _passages(found, length) if p not in harmless]
+            if not passages:
+                raise InputError(f"allowed phrases leave nothing of the problem {name}")
+            known = self._passages.setdefault(length, {})
+            for passage in passages:
+                known.setdefault(passage, name)
+
+    def find(self, text: str) -> tuple[str, str] | None:
+        """The first passage of a problem in the text, and the problem's name."""
+        found = words(text)
+        for length, known in self._passages.items():
+            for passage in _passages(found, length):
+                if passage in known:
+                    return passage, known[passage]
+        whole = " ".join(found)
+        return (whole, self._whole[whole]) if whole in self._whole else None
+
+
+def _passages(found: Sequence[str], n: int) -> list[str]:
+    return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]

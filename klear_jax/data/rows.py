@@ -1,0 +1,208 @@
+"""Rows as people publish them -> examples: one declared mapping for each shape."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from klear_jax.errors import InputError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row of a data set.
+
+    Attributes:
+      origin: where it stands, for messages: file and line, or data set, split and row.
+      prompt_id: int32, unique in the data set: a part of the key of all randomness.
+      messages: {role, content} dicts; the prompt, before the chat template.
+      answer: what the response must reach: text, a list of texts of which any is right, or
+        an object, as tests are; None where the row has none.
+      response: a demonstration; None where the row has none.
+      source: what the row says of its origin, which decides on its reward; '' for nothing.
+    """
+
+    origin: str
+    prompt_id: int
+    messages: tuple[Mapping[str, str], ...]
+    answer: Any
+    response: str | None
+    source: str = ""
+
+    @property
+    def problem(self) -> str:
+        """What the last message says."""
+        return self.messages[-1]["content"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Where a row says what. 'a.b' is a key within a key; of 'a|b' the first that is there.
+
+    Attributes:
+      prompt: text, or messages of {role, content} or {from, value}. Where `response` finds
+        nothing, a last message of the assistant is the response.
+      response: text.
+      thinking: text of the chain of thought, where the response lacks it.
+      answer: text, number, list of texts or object.
+      data_source: text.
+      system: text of a message that goes before the prompt.
+      replace: text of the response -> what takes its place.
+    """
+
+    prompt: str
+    response: str = ""
+    thinking: str = ""
+    answer: str = ""
+    data_source: str = ""
+    system: str = ""
+    replace: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+ANSWER = "answer|reward_model.ground_truth"
+SHAPES = {
+    # Ours, the authors' RL rows (FACTS (h)), and prompt with response under other names.
+    "any": Fields(
+        prompt="prompt|problem|messages|conversations",
+        response="response",
+        answer=f"{ANSWER}|meta.answer|meta.solution",
+        data_source="data_source",
+    ),
+    "prompt_response": Fields(
+        prompt="prompt|problem|question|instruction",
+        response="response|output|completion",
+        answer=ANSWER,
+        data_source="data_source",
+    ),
+    # Lists of {role, content} or {from, value}; the last of the assistant is the response.
+    "messages": Fields(prompt="messages", answer=ANSWER, data_source="data_source"),
+    "sharegpt": Fields(prompt="conversations", system="system", answer=ANSWER),
+    # OpenThoughts-114k, without its long system prompt and with the tags of Qwen3; and the
+    # columns of its part 'metadata'.
+    "openthoughts": Fields(
+        prompt="conversations",
+        replace={
+            "<|begin_of_thought|>": "<think>",
+            "<|end_of_thought|>": "</think>",
+            "<|begin_of_solution|>": "",
+            "<|end_of_solution|>": "",
+        },
+    ),
+    "openthoughts_metadata": Fields(
+        prompt="problem", thinking="deepseek_reasoning", response="deepseek_solution"
+    ),
+    "klear_rl": Fields(
+        prompt="prompt", answer="reward_model.ground_truth", data_source="data_source"
+    ),
+    # The authors' AIME 2024 and 2025 and HMMT files.
+    "benchmark": Fields(prompt="messages", answer="answer|meta.answer|meta.solution"),
+}
+
+
+class BadRow(InputError):
+    """A row that cannot be used: why, in words that are the same for all such rows, and
+    what is particular about this one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def to_example(
+    row: bytes | Mapping[str, Any], fields: Fields, *, origin: str, prompt_id: int
+) -> Example:
+    """The row, or the line of JSON that holds it, as an Example; or a BadRow."""
+    if isinstance(row, bytes):
+        row = _from_json(row)
+    messages = _messages(_find(row, fields.prompt), fields.prompt)
+    response = _find(row, fields.response)
+    if response is None and messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        response = last["content"]
+    if not messages or messages[-1]["role"] == "assistant":
+        raise BadRow("the prompt does not end with a message to the assistant")
+    if (system := _find(row, fields.system)) is not None:
+        messages = [{"role": "system", "content": _text("system", system)}, *messages]
+    if response is not None:
+        response = _text("response", response)
+        for old, new in fields.replace.items():
+            response = response.replace(old, new)
+        if (thinking := _find(row, fields.thinking)) is not None:
+            thinking = _text("thinking", thinking)
+            response = f"<think>\n{thinking.strip()}\n</think>\n\n{response}"
+    answer = _answer(_find(row, fields.answer))
+    if answer is None and response is None:
+        raise BadRow("neither answer nor response")
+    source = _find(row, fields.data_source) or ""
+    if not isinstance(source, str):
+        raise BadRow("data_source must be text", repr(source))
+    return Example(origin, prompt_id, tuple(messages), answer, response, source)
+
+
+def _from_json(line: bytes) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("not JSON", str(error)) from None
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    return row
+
+
+def _find(row: Mapping[str, Any], where: str) -> Any:
+    """What stands there, None if nothing."""
+    for path in where.split("|"):
+        value: Any = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
+
+
+def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
+    if _is_text(prompt):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
+        raise BadRow(f"{where.replace('|', ' or ')} must be text or messages")
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Mapping):
+            raise BadRow("a message is not an object")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not _is_text(role) or not _is_text(content):
+            raise BadRow("a message is not a role and a content in text")
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def _answer(answer: Any) -> Any:
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return str(answer)
+    if isinstance(answer, list):
+        good = bool(answer) and all(map(_is_text, answer))
+    elif isinstance(answer, dict):
+        good = not SURROGATE.search(json.dumps(answer, ensure_ascii=False))
+    else:
+        good = answer is None or _is_text(answer)
+    if not good:
+        raise BadRow(
+            "answer must be text that is not empty, a list of such, or an object"
+        )
+    return answer
+
+
+def _text(name: str, value: Any) -> str:
+    if not _is_text(value):
+        raise BadRow(f"{name} must be text that is not empty")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether value is text that UTF-8 can hold (no half of a surrogate pair)."""
+    return isinstance(value, str) and value != "" and not SURROGATE.search(value)
