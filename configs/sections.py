@@ -186,7 +186,7 @@ def clean() -> ml_collections.ConfigDict:
         "raw/HMMT-202502.jsonl",
     )  # [P]
     c.ngram = 9  # [P] Words: letters and digits, case and punctuation aside.
-    # Phrases that many problems share, which do not count; the report shows what is hit.
+    # Phrases that many problems share: cut out before looking. The report shows what is hit.
     c.allowed = ()  # [ours]
     c.max_bad_share = (
         0.01  # [ours] Of a source's rows; more that cannot be read: an error.

@@ -70,7 +70,7 @@ def environment(tmp_path, monkeypatch):
 def test_a_run_on_an_object_store_is_resumed(tmp_path, environment):
     import gcsfs
 
-    test_runs.prepare(tmp_path / "data")
+    test_runs.make_data(tmp_path / "data")
     text = CONFIG_FILE.format(data=str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
     command = [sys.executable, "-m", "klear_jax.train"]

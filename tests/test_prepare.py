@@ -2,10 +2,12 @@
 workers, parts or kills."""
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import random
 import signal
@@ -215,15 +217,14 @@ def test_short_problems_and_allowed_phrases():
     assert known.find("Please compute 7+5+8.") is None
     assert known.find("1 + 1") == ("1 1", "b") and known.find("1+1+1") is None
     phrase = "where m and n are relatively prime positive integers find m n"
-    problem = f"The area is m/n, {phrase}."
+    problem = f"The area of this large triangle with its circle is m/n, {phrase}."
     known = cleaning.Benchmarks([("c", problem)], n=9, allowed=(phrase,))
-    assert known.find(f"Its volume turns out so, {phrase}.") is None
+    assert known.find(f"Its volume with its circle is m/n, {phrase}.") is None
+    assert known.find(f"{phrase} {phrase} with its circle is m/n") is None
     assert known.find(problem.upper()) is not None
-    with pytest.raises(
-        InputError, match="allowed phrases leave nothing of the problem c"
-    ):
+    with pytest.raises(InputError, match="c has no word beside the allowed phrases"):
         cleaning.Benchmarks([("c", phrase)], n=9, allowed=(phrase,))
-    with pytest.raises(InputError, match="the problem d has no word"):
+    with pytest.raises(InputError, match="the problem d has no word beside"):
         cleaning.Benchmarks([("d", "?!")], n=9, allowed=())
 
 
@@ -495,6 +496,19 @@ def test_every_row_is_accounted_for(undisturbed):
         prepare.prepare(dataclasses.replace(undisturbed, limit=5))
 
 
+def workers_of(config_file):
+    """Whether any process of the command is left."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(config_file) in path.read_text() or (
+                b"spawn_main" in path.read_bytes()
+                and str(config_file.parent) in os.readlink(path.parent / "cwd")
+            ):
+                found.append(path.parent.name)
+    return found
+
+
 def run_killed(config_file, output, seconds):
     """Starts the command, and kills it after so many seconds; whether it was too late."""
     command = [
@@ -503,7 +517,12 @@ def run_killed(config_file, output, seconds):
         "klear_jax.prepare_data",
         f"--config={config_file}",
     ]
-    process = subprocess.Popen([*command, f"--output={output}"], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, f"--output={output}"],
+        stderr=subprocess.PIPE,
+        cwd=config_file.parent,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+    )
     with process:
         try:
             process.wait(seconds)
@@ -531,6 +550,7 @@ def test_killed_and_with_more_workers_the_bytes_are_the_same(tmp_path, undisturb
         seconds *= 1.5
     assert digest(output / "klear_sft" / "1.0.0") == want
     assert not work.exists()
+    assert not workers_of(config_file)
 
 
 def test_parquet_and_limits(tmp_path, tokenizer):
@@ -658,7 +678,10 @@ BAD = [
     ({"part_mb": 0}, "part_mb and shard_mb must be at least 1"),
     ({"limit": -1}, "limit must not be negative"),
     ({"clean__benchmarks": ("/absent.jsonl",)}, "no file at '/absent.jsonl'"),
-    ({"clean__max_tokens": 10, "clean__max_bad_share": 1.0}, "no sample is left"),
+    (
+        {"clean__max_tokens": 10, "clean__max_bad_share": 1.0},
+        r"no sample is left: too long \(6\), no r",
+    ),
 ]
 
 

@@ -130,7 +130,7 @@ def steps_written(workdir):
 
 
 def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
-    test_runs.prepare(tmp_path / "data")
+    test_runs.make_data(tmp_path / "data")
     text = CONFIG_FILE.format(data=str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
     workdir = tmp_path / "run"

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import gppo_tiny, sft_tiny
+from configs.data import sft as prepare_config
 from klear_jax import (
     checkpoint,
     export,
@@ -19,6 +20,8 @@ from klear_jax import (
     tokens,
     train,
 )
+from klear_jax.config import build
+from klear_jax.data import examples, prepare, shards
 from klear_jax.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -36,7 +39,7 @@ def compile_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def prepare(folder):
+def make_data(folder):
     """A small data set and its tokenizer."""
     settings = {
         "task": "chain_sum",
@@ -51,7 +54,7 @@ def prepare(folder):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    prepare(folder)
+    make_data(folder)
     return folder
 
 
@@ -168,6 +171,49 @@ def test_sft_killed_and_resumed_equals_undisturbed(sft_run, tmp_path, monkeypatc
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(workdir, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def prepared(data):
+    """The problems as prepare_data makes a data set of them, a twentieth for validation."""
+    raw = data / "raw.jsonl"
+    rows = examples.read_examples(data / "arithmetic" / "1.0.0", "sft")
+    raw.write_text(
+        "".join(
+            json.dumps({"prompt": row.problem, "response": row.response}) + "\n"
+            for row in rows
+        )
+    )
+    c = prepare_config.get_config()
+    c.output, c.tokenizer, c.num_workers = str(data), str(data / "tokenizer"), 1
+    c.sources = {"raw": {"path": str(raw), "shape": "any", "fields": {}, "weight": 1.0}}
+    c.clean.benchmarks, c.choose.validation_percent = (), 5.0
+    return prepare.prepare(build(prepare.PrepareConfig, c.to_dict()))
+
+
+def test_sft_of_prepared_data(prepared, data, tmp_path, monkeypatch):
+    """Epochs say the number of steps, held-out samples are validated on, and a run that was
+    killed goes on while batches are made ahead."""
+    config = small(sft_tiny.get_config(), data)
+    config.data.path, config.data.split = str(prepared), "train"
+    config.data.prefetch, config.data.streams = 3, 2
+    config.batch_rows = config.micro_rows = 16
+    config.num_steps, config.num_epochs = 0, 0.87
+    config.validation.split, config.validation.every = "validation", 2
+    config.validation.batches = 1
+    start(config, tmp_path / "whole")
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert len(lines) == 6
+    assert lines[-1]["epoch"] == pytest.approx(0.87, rel=0.1)
+    assert [line["step"] for line in lines if "validation/loss" in line] == [1, 3, 5]
+    losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
+    assert losses == sorted(losses, reverse=True)
+    held_out = shards.read_source(prepared, "validation")
+    trained = sum(len(row["tokens"]) - row["prompt_tokens"] for row in held_out)
+    assert lines[-1]["validation/tokens"] == trained
+    start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
+    start(config, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_gppo_killed_and_resumed_equals_undisturbed(gppo_run, tmp_path, monkeypatch):

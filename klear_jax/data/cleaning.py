@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from klear_jax.errors import InputError
 
@@ -69,40 +69,61 @@ class Benchmarks:
         Args:
           problems: name and text of each.
           n: words of a passage.
-          allowed: phrases whose passages do not count, such as "where m and n are
-            relatively prime positive integers": many problems have them.
+          allowed: phrases that are cut out of problems and prompts first, such as "where m
+            and n are relatively prime positive integers": many problems have them.
 
         Raises:
-          InputError: a problem without a word, or of which nothing is left.
+          InputError: a problem of which no word is left.
         """
-        harmless = {p for phrase in allowed for p in _passages(words(phrase), n)}
+        self._allowed = [_spaced(words(phrase)) for phrase in allowed]
+        # Words of a passage -> passage -> the problem that it is from.
         self._passages: dict[int, dict[str, str]] = {}
         self._whole: dict[str, str] = {}
         for name, text in problems:
-            found = words(text)
-            length = min(n, len(found))
+            pieces = self._pieces(text)
+            length = min(n, max(map(len, pieces)))
             if not length:
-                raise InputError(f"the problem {name} has no word to look for")
+                raise InputError(
+                    f"the problem {name} has no word beside the allowed phrases"
+                )
             if length < SHORTEST_PASSAGE:
-                self._whole.setdefault(" ".join(found), name)
+                self._whole.setdefault(_joined(pieces), name)
                 continue
-            passages = [p for p in _passages(found, length) if p not in harmless]
-            if not passages:
-                raise InputError(f"allowed phrases leave nothing of the problem {name}")
             known = self._passages.setdefault(length, {})
-            for passage in passages:
+            for passage in _passages(pieces, length):
                 known.setdefault(passage, name)
 
     def find(self, text: str) -> tuple[str, str] | None:
         """The first passage of a problem in the text, and the problem's name."""
-        found = words(text)
+        pieces = self._pieces(text)
         for length, known in self._passages.items():
-            for passage in _passages(found, length):
+            for passage in _passages(pieces, length):
                 if passage in known:
                     return passage, known[passage]
-        whole = " ".join(found)
+        whole = _joined(pieces)
         return (whole, self._whole[whole]) if whole in self._whole else None
 
+    def _pieces(self, text: str) -> list[list[str]]:
+        """The words before, between and after allowed phrases."""
+        found = words(text)
+        if not self._allowed:
+            return [found]
+        joined = _spaced(found)
+        for phrase in self._allowed:
+            joined = joined.replace(phrase, " | ")  # No word holds a bar.
+        return [piece.split() for piece in joined.split("|")]
 
-def _passages(found: Sequence[str], n: int) -> list[str]:
-    return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
+
+def _passages(pieces: Iterable[Sequence[str]], n: int) -> Iterator[str]:
+    for piece in pieces:
+        for i in range(len(piece) - n + 1):
+            yield " ".join(piece[i : i + n])
+
+
+def _spaced(found: Sequence[str]) -> str:
+    """With a space of its own on each side of each word."""
+    return "".join(f" {word} " for word in found)
+
+
+def _joined(pieces: Iterable[Sequence[str]]) -> str:
+    return " ".join(word for piece in pieces for word in piece)

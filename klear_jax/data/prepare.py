@@ -32,7 +32,7 @@ from klear_jax.data import cleaning, files, report, rows, samples, shards
 from klear_jax.data.choosing import Choice, ChooseConfig, Table, choose
 from klear_jax.data.samples import CleanConfig, PartReport
 from klear_jax.errors import InputError
-from klear_jax.rewards import routing
+from klear_jax.rewards import pool, routing
 from klear_jax.rewards.routing import RewardConfig
 
 # Of the files between the stages: those of another number begin anew.
@@ -134,10 +134,10 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
             _judge(config, list(parts))
         table = _read_table(config, parts)
         choice = choose(table, config.choose, rates, rl=config.kind == "rl")
-        if not (choice.reason == 0).any():
-            raise InputError(f"no sample is left; {work} says why for each part")
-        _write(config, settings, list(parts), table, choice, work, run)
         summary = report.summarise(parts, table, choice, list(config.sources))
+        if not summary["splits"]:
+            raise InputError(f"no sample is left: {report.reasons(summary)}")
+        _write(config, settings, list(parts), table, choice, work, run)
         report.write(work, summary)
         shutil.rmtree(work / "parts")
     os.replace(work, folder)
@@ -309,14 +309,14 @@ def _check_bad_rows(
 
 def _judge(config: PrepareConfig, parts: list[pathlib.Path]) -> None:
     """Scores each response that has an answer; a file of 1, 0 or -1 (not judged) a part."""
-    with routing.make_pool(config.rewards) as pool:
+    with routing.make_pool(config.rewards) as scorers:
         for part in tqdm.tqdm(parts, desc="judging", unit="part", delay=1):
             output = part.with_suffix(".npy")
             if output.exists():
                 continue
             columns = ["origin", "response", "answer", "answer_is_json", "data_source"]
             read = pyarrow.parquet.read_table(part, columns=columns).to_pylist()
-            scores = [_submit(pool, config.rewards, row) for row in read]
+            scores = [_submit(scorers, config.rewards, row) for row in read]
             right = np.full(len(read), -1, np.int8)
             for i, future in enumerate(scores):
                 if future and np.isfinite(score := future.result().score):
@@ -330,7 +330,7 @@ def _save(path: pathlib.Path, array: np.ndarray) -> None:
 
 
 def _submit(
-    pool: Any, rewards: RewardConfig, row: Mapping[str, Any]
+    scorers: pool.Pool, rewards: RewardConfig, row: Mapping[str, Any]
 ) -> futures.Future[Any] | None:
     if not row["answer"]:
         return None
@@ -344,7 +344,7 @@ def _submit(
             f"rewards.sources, which has {sorted(rewards.sources)}"
         ) from None
     answer = routing.ground_truth(rewards, source, answer, seed="")
-    return pool.submit(kind.function, row["response"], answer, **kind.resolved())
+    return scorers.submit(kind.function, row["response"], answer, **kind.resolved())
 
 
 def _read_table(
@@ -451,7 +451,7 @@ def _workers(count: int) -> Iterator[Run]:
         return
     # Not forked: other threads may hold locks.
     spawn = multiprocessing.get_context("spawn")
-    executor = futures.ProcessPoolExecutor(count, spawn)
+    executor = futures.ProcessPoolExecutor(count, spawn, pool.die_with_parent)
     try:
         yield functools.partial(_as_they_end, executor, 2 * count)
     except futures.process.BrokenProcessPool as error:

@@ -89,6 +89,14 @@ def _examples(
     return examples
 
 
+def reasons(summary: Mapping[str, Any]) -> str:
+    """Why rows were left out, in one line, the most frequent reason first."""
+    counts: Counter[str] = Counter()
+    for one in summary["sources"].values():
+        counts += Counter(one["bad"]) + Counter(one["dropped"])
+    return ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
+
+
 def as_markdown(summary: Mapping[str, Any]) -> str:
     """Tables: reasons by source, and splits."""
     sources = summary["sources"]

@@ -302,11 +302,17 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _serve(memory_mb: int) -> None:
-    """The worker: answers the requests of its socket until the parent is gone."""
+def die_with_parent() -> None:
+    """This process gets SIGKILL when the one that started it dies (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _serve(memory_mb: int) -> None:
+    """The worker: answers the requests of its socket until the parent is gone."""
+    die_with_parent()
+    if sys.platform == "linux":
         # The soft limit alone: a sandbox below may give its own child another.
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, hard))
