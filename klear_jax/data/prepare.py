@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import tqdm
-from etils import epath
 
 from klear_jax import config as config_lib
 from klear_jax.data import cleaning, files, report, rows, samples, shards
@@ -89,6 +89,10 @@ class PrepareConfig:
     def __post_init__(self):
         if self.kind not in shards.FEATURES:
             raise InputError(f"kind must be 'sft' or 'rl', not {self.kind!r}")
+        if not re.fullmatch("[a-z][a-z0-9_]*", self.name):
+            raise InputError(f"name must be of a-z, 0-9 and _, not {self.name!r}")
+        if not re.fullmatch(r"\d+\.\d+\.\d+", self.version):
+            raise InputError(f"version must be such as '1.0.0', not {self.version!r}")
         if not self.sources:
             raise InputError("sources names no source")
         for key in ("limit", "num_workers"):
@@ -121,6 +125,7 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     folder = pathlib.Path(config.output).expanduser() / config.name / config.version
     if folder.exists():
         shards.check_made_with(folder, settings)
+        _sweep(folder)
         return folder
     clean = config.clean
     samples.load_benchmarks(clean.benchmarks, clean.ngram, clean.allowed)
@@ -139,8 +144,8 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
             raise InputError(f"no sample is left: {report.reasons(summary)}")
         _write(config, settings, list(parts), table, choice, work, run)
         report.write(work, summary)
-        shutil.rmtree(work / "parts")
     os.replace(work, folder)
+    _sweep(folder)
     return folder
 
 
@@ -152,11 +157,9 @@ def _settings(config: PrepareConfig, paths: Mapping[str, list[str]]) -> dict[str
     named = [path for found in paths.values() for path in found]
     for pattern in (*config.clean.benchmarks, *config.choose.pass_rates):
         named += files.find(pattern)
-    stats = {path: epath.Path(path).stat() for path in named}
-    stats = {path: [stat.length, stat.mtime] for path, stat in stats.items()}
     values |= {
         "format": FORMAT,
-        "files": stats,
+        "files": {path: files.fingerprint(path) for path in named},
         "tokenizer": samples.load_tokenizer(config.tokenizer).fingerprint,
     }
     return json.loads(json.dumps(values))
@@ -182,8 +185,13 @@ def _at_work(work: pathlib.Path, settings: Mapping[str, Any]) -> Iterator[None]:
         text = json.dumps(settings)
         samples.put(kept, lambda path: path.write_text(text))
         yield
-        kept.unlink()
-        (work / "lock").unlink()
+
+
+def _sweep(folder: pathlib.Path) -> None:
+    """Removes what only unfinished work needs; a kill may have come before."""
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    for name in ("settings.json", "lock"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
@@ -196,12 +204,15 @@ def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
     for path in (path for pattern in patterns for path in files.find(pattern)):
         for part in files.parts(path, 1 << 24):
             for origin, number, row in part.rows():
-                row = json.loads(row) if isinstance(row, bytes) else row
+                try:
+                    row = rows.from_json(row)
+                    example = rows.to_example(
+                        row, rows.SHAPES["any"], origin=origin, prompt_id=number
+                    )
+                except rows.BadRow as error:
+                    raise InputError(f"{origin}: {error}") from None
                 if not isinstance(row.get("correct"), bool):
                     raise InputError(f"{origin}: correct must be true or false")
-                example = rows.to_example(
-                    row, rows.SHAPES["any"], origin=origin, prompt_id=number
-                )
                 prompt = cleaning.prompt_hash(example.messages)
                 total[prompt] += 1
                 right[prompt] += row["correct"]
@@ -239,7 +250,7 @@ def _clean(
     run: Run,
 ) -> dict[pathlib.Path, PartReport]:
     """File of clean samples -> report of each part, in order; what is there is kept."""
-    parts: dict[pathlib.Path, PartReport] = {}
+    outputs: list[pathlib.Path] = []
     size = sum(files.file_size(path) for found in paths.values() for path in found)
     bar = tqdm.tqdm(total=size, desc="cleaning", unit="B", unit_scale=True, delay=1)
 
@@ -248,17 +259,19 @@ def _clean(
             for name, part in _numbered(found, config.limit, config.part_mb << 20):
                 bar.update(part.num_read)
                 output = folder / f"{number:03}-{name}"
-                parts[output.with_suffix(".parquet")] = None
+                outputs.append(output)
                 if not output.with_suffix(".json").exists():
                     yield config, part, output, source
 
     with bar:
         for _ in run(_clean_part, jobs()):
             pass
-    for path in parts:
-        text = path.with_suffix(".json").read_text()
-        parts[path] = PartReport(**json.loads(text))
-    return parts
+    return {
+        output.with_suffix(".parquet"): PartReport(
+            **json.loads(output.with_suffix(".json").read_text())
+        )
+        for output in outputs
+    }
 
 
 def _numbered(
@@ -451,7 +464,7 @@ def _workers(count: int) -> Iterator[Run]:
         return
     # Not forked: other threads may hold locks.
     spawn = multiprocessing.get_context("spawn")
-    executor = futures.ProcessPoolExecutor(count, spawn, pool.die_with_parent)
+    executor = futures.ProcessPoolExecutor(count, spawn, _begin_worker, (os.getpid(),))
     try:
         yield functools.partial(_as_they_end, executor, 2 * count)
     except futures.process.BrokenProcessPool as error:
@@ -461,6 +474,12 @@ def _workers(count: int) -> Iterator[Run]:
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _begin_worker(parent: int) -> None:
+    pool.die_with_parent()
+    if os.getppid() != parent:  # It was dead already.
+        os._exit(1)
 
 
 def _as_they_end(

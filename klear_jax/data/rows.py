@@ -112,12 +112,24 @@ class BadRow(InputError):
         self.reason = reason
 
 
+def from_json(row: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object that a line of JSON is, or a BadRow; what is one already stays."""
+    if isinstance(row, Mapping):
+        return row
+    try:
+        row = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("not JSON", str(error)) from None
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    return row
+
+
 def to_example(
     row: bytes | Mapping[str, Any], fields: Fields, *, origin: str, prompt_id: int
 ) -> Example:
     """The row, or the line of JSON that holds it, as an Example; or a BadRow."""
-    if isinstance(row, bytes):
-        row = _from_json(row)
+    row = from_json(row)
     messages = _messages(_find(row, fields.prompt), fields.prompt)
     response = _find(row, fields.response)
     if response is None and messages[-1]["role"] == "assistant":
@@ -141,16 +153,6 @@ def to_example(
     if not isinstance(source, str):
         raise BadRow("data_source must be text", repr(source))
     return Example(origin, prompt_id, tuple(messages), answer, response, source)
-
-
-def _from_json(line: bytes) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("not JSON", str(error)) from None
-    if not isinstance(row, dict):
-        raise BadRow("not a JSON object")
-    return row
 
 
 def _find(row: Mapping[str, Any], where: str) -> Any:
