@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.row_tokens = 512
     c.batch_rows = 8  # About 18 problems.
     c.micro_rows = 4
-    c.num_steps = 120  # Of about 15 s each.
+    c.num_steps = 60  # Of about 27 s each.
 
     c.optim.peak_lr = 5e-5
     c.optim.end_lr = 1e-5
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.warmup_from = 0.1
 
     c.validation.split = "validation"
-    c.validation.every = 20
+    c.validation.every = 15
     c.validation.batches = 2
 
     c.sampler = sections.sampler(
@@ -48,6 +48,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.num_samples = 0  # Greedy alone.
     c.evaluation.max_prompt_tokens = 256
     c.evaluation.max_new_tokens = 320
-    c.checkpoint.every = 40  # Of 1.6 GB each.
+    c.checkpoint.every = 20  # Of 1.6 GB each.
     c.checkpoint.keep = 1
     return c

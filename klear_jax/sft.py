@@ -167,7 +167,8 @@ def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
     tokenizer = tokens.load(config.tokenizer)
     tokens.check_fits(tokenizer, config.model.vocab_size)
     sources = _read(config.data, config.data.split, tokenizer)
-    num_steps = config.num_steps or steps_of_epochs(config, sources)
+    epoch_steps = steps_of_epoch(config, sources)
+    num_steps = config.num_steps or max(1, round(config.num_epochs * epoch_steps))
     data = sft_batches(
         sources,
         row_tokens=config.data.row_tokens,
@@ -178,7 +179,8 @@ def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
         my_rows=steps.my_rows(config.batch_rows, config.micro_rows, layout),
         prefetch=config.data.prefetch,
     )
-    _log_data(sources, num_steps, config)
+    if hosts.first():
+        _log_data(sources, num_steps, epoch_steps)
     problems = evaluate.load_problems(
         config.evaluation,
         tokenizer,
@@ -200,32 +202,25 @@ def _read(data: DataConfig, split: str, tokenizer: tokens.Tokenizer) -> list[Sam
     )
 
 
-def steps_of_epochs(config: SftConfig, sources: Sequence[Samples]) -> int:
-    """Updates that num_epochs take, where the rows are FILL full."""
-    room = config.batch_rows * config.data.row_tokens * FILL
-    return max(1, round(config.num_epochs * epoch_tokens(sources) / room))
+def steps_of_epoch(config: SftConfig, sources: Sequence[Samples]) -> float:
+    """Updates of a pass through the data, where rows are FILL full."""
+    tokens = sum(one.weight * one.num_tokens for one in sources)
+    return tokens / (config.batch_rows * config.data.row_tokens * FILL)
 
 
-def epoch_tokens(sources: Sequence[Samples]) -> float:
-    return sum(one.weight * one.num_tokens for one in sources)
-
-
-def _log_data(sources: Sequence[Samples], num_steps: int, config: SftConfig) -> None:
-    samples = sum(one.weight * len(one.rows) for one in sources)
-    dropped = sum(one.num_dropped for one in sources)
-    if hosts.first():
-        logging.getLogger(__name__).info(
-            "%d steps; an epoch has %d samples of %d sources, %d tokens: about %.1f steps;"
-            " %d samples are longer than a row and left out",
-            num_steps,
-            samples,
-            len(sources),
-            epoch_tokens(sources),
-            steps_of_epochs(
-                dataclasses.replace(config, num_steps=0, num_epochs=1.0), sources
-            ),
-            dropped,
+def _log_data(sources: Sequence[Samples], num_steps: int, epoch_steps: float) -> None:
+    logger = logging.getLogger(__name__)
+    for one in sources:
+        logger.info(
+            "source %s: %d samples, %d tokens, %s times an epoch; %d samples are longer than"
+            " a row and left out",
+            one.name or "(without name)",
+            len(one.rows),
+            one.num_tokens,
+            one.weight,
+            one.num_dropped,
         )
+    logger.info("%d steps are %.2f epochs", num_steps, num_steps / epoch_steps)
 
 
 def _validation_batches(

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import string
 import subprocess
@@ -19,10 +20,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import reasoning_gym
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import sections
 from configs.data import sft as sft_config
 from klear_jax import config, prepare_data, tokens
 from klear_jax.data import (
@@ -228,17 +231,18 @@ def test_short_problems_and_allowed_phrases():
         cleaning.Benchmarks([("d", "?!")], n=9, allowed=())
 
 
-def test_all_benchmark_problems_are_found():
+@pytest.mark.parametrize("allowed", [(), sections.STOCK_PHRASES])
+def test_all_benchmark_problems_are_found(allowed):
     """90 of 90, each hidden in another text, with other marks and in capitals."""
     known = cleaning.Benchmarks(
-        [(str(i), text) for i, text in enumerate(PROBLEMS)], n=9, allowed=()
+        [(str(i), text) for i, text in enumerate(PROBLEMS)], n=9, allowed=allowed
     )
     rng = random.Random(0)
-    for i, text in enumerate(PROBLEMS):
+    for text in PROBLEMS:
         hidden = "".join(rng.choice(" \n;") if c.isspace() else c.upper() for c in text)
         passage, name = known.find(f"Solve this one. {hidden} Put it in a box.")
-        assert PROBLEMS[int(name)] == text or passage in " ".join(cleaning.words(text))
-        assert i >= int(name)
+        assert passage in " ".join(cleaning.words(text))
+        assert passage in " ".join(cleaning.words(PROBLEMS[int(name)]))
     assert len(PROBLEMS) == 90
 
 
@@ -842,8 +846,34 @@ def test_prepared_data_that_do_not_serve(read, undisturbed, tokenizer, tmp_path)
         InputError, match=r"samples of up to \d+ tokens, a row has 64: pre"
     ):
         read(row_tokens=64)
-    with pytest.raises(InputError, match=r"split 'test'.*'train'"):
-        read(split="test")
+    for split in ("test", "train[:50%]"):
+        with pytest.raises(
+            InputError, match=r"no split .*; there are \['train', 'valid"
+        ):
+            read(split=split)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damaged = sorted(copy.glob("*train*"))[0]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    damaged.write_bytes(data)
+    found = batches.read_samples(
+        copy,
+        "train",
+        tokens.load(tokenizer),
+        row_tokens=1024,
+        too_long="error",
+        weights={},
+    )
+    for prefetch in (0, 2):
+        sft = batches.sft_batches(
+            found, row_tokens=1024, rows_per_batch=64, seed=0, prefetch=prefetch
+        )
+        with pytest.raises(
+            InputError, match=r"sample \d+ cannot be read, is its file d"
+        ):
+            for _ in range(40):
+                next(sft.iterator)
     other = tmp_path / "other"
     tokens.train_sentencepiece(["other"], other, symbols=())
     with pytest.raises(
@@ -857,3 +887,21 @@ def test_prepared_data_that_do_not_serve(read, undisturbed, tokenizer, tmp_path)
             too_long="error",
             weights={},
         )
+
+
+def test_clean_text_shares_nothing_with_benchmarks():
+    """And how often one problem of a benchmark has nine words of another."""
+    known = cleaning.Benchmarks(enumerate(PROBLEMS), n=9, allowed=())
+    problems = reasoning_gym.create_dataset("gsm_symbolic", seed=0, size=500)
+    assert not [row for row in problems if known.find(row["question"])]
+
+    def hits(allowed):
+        return sum(
+            cleaning.Benchmarks(
+                enumerate(PROBLEMS[:i] + PROBLEMS[i + 1 :]), n=9, allowed=allowed
+            ).find(text)
+            is not None
+            for i, text in enumerate(PROBLEMS)
+        )
+
+    assert hits(()) == 24 and hits(sections.STOCK_PHRASES) == 2

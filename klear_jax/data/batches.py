@@ -22,7 +22,7 @@ from klear_jax.data.samples import tokenize
 from klear_jax.errors import InputError
 from klear_jax.tokens import Tokenizer
 
-# All is in memory: threads would only compete with the loop.
+# In the caller's thread, or in that of `prefetch`: more would compete with the loop.
 IN_PROCESS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 # Rows filled side by side. With lengths like those of long chains of thought, 128 rows
 # are 98% full (8 rows: 93%), for 128 x row_tokens x 24 bytes of host memory.
@@ -220,11 +220,15 @@ def prepared_samples(
 def _prepared_sources(
     folder: str, split: str, metadata: Mapping[str, Any]
 ) -> Iterator[Samples]:
+    if split not in metadata["sources"]:
+        raise InputError(
+            f"{folder} has no split {split!r}; there are {sorted(metadata['sources'])}"
+        )
     source = shards.read_source(folder, split)
     start = 0
     for one in metadata["sources"][split]:
         if one["samples"]:
-            rows = _Rows(source, start, one["samples"])
+            rows = _Rows(f"{folder}, split {split!r}", source, start, one["samples"])
             yield Samples(one["name"], one["weight"], rows, one["tokens"])
         start += one["samples"]
 
@@ -233,6 +237,7 @@ def _prepared_sources(
 class _Rows:
     """Samples `start` to `start + count` of a data set, read and decoded one by one."""
 
+    name: str  # For messages.
     source: Sequence[Mapping[str, Any]]
     start: int
     count: int
@@ -243,8 +248,14 @@ class _Rows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        row = self.source[self.start + index]
-        return _sample(row["tokens"], row["prompt_tokens"])
+        try:
+            row = self.source[self.start + index]
+            return _sample(row["tokens"], row["prompt_tokens"])
+        except Exception as error:  # protobuf and array_record raise a class each.
+            raise InputError(
+                f"{self.name}: sample {self.start + index} cannot be read, is its file "
+                f"damaged? {error}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

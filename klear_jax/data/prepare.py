@@ -444,6 +444,8 @@ def _ranges(
     ranges = {}
     for number, split in enumerate(choice.splits):
         here = (choice.reason == 0) & (choice.split == number)
+        if not here.any():
+            continue
         ranges[split] = [
             {
                 "name": name,
