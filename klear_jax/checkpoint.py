@@ -32,6 +32,7 @@ MAY_CHANGE = tuple(
         "sampler.",
         "micro_rows",
         "remat",
+        "data.prefetch",
         "checkpoint.",
         "rewards.num_workers",
         "rewards.memory_mb",

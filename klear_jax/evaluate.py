@@ -14,8 +14,11 @@ learn from. The same command goes on with a file that was begun.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -305,7 +308,16 @@ def main(argv: list[str]) -> None:
             )
 
         if flags.samples:
-            write_samples(epath.Path(flags.samples), problems, c.evaluation, run)
+            made_with = repr(
+                (path, tokenizer.fingerprint, c.evaluation, c.rewards.kinds)
+            )
+            write_samples(
+                pathlib.Path(flags.samples),
+                problems,
+                c.evaluation,
+                hashlib.sha256(made_with.encode()).hexdigest()[:16],
+                run,
+            )
             return
         metrics, rollouts = run(problems)
     if not hosts.first():
@@ -317,29 +329,37 @@ def main(argv: list[str]) -> None:
 
 
 def write_samples(
-    path: epath.Path,
+    path: pathlib.Path,
     problems: Mapping[str, Sequence[Any]],
     config: EvaluationConfig,
+    made_with: str,
     run: Callable[[Mapping[str, Sequence[Any]]], tuple[Any, list[rollout.Rollout]]],
 ) -> None:
     """Appends num_samples lines a problem to the file, some problems at a time.
 
     Args:
-        path: of the file. Problems that it has whole are not sampled again.
+        path: of the file, on a disk that all hosts see. Problems that it has whole are not
+            sampled again.
         problems: as `load_problems` returns them.
         config: num_samples and greedy say how many rollouts `run` makes.
+        made_with: tells these samples from others; a file of others is an InputError.
         run: `evaluate` for some of the problems.
     """
     if config.greedy or not config.num_samples:
         raise InputError(
             "--samples needs evaluation.num_samples above 0 and evaluation.greedy=False"
         )
-    kept = _whole_problems(path, config.num_samples)
-    left = [i for i, one in enumerate(problems["prompt_ids"]) if one not in kept]
-    if hosts.first():
-        path.write_text("".join(line for lines in kept.values() for line in lines))
+    kept: list[int] = []
+    if hosts.first() and path.exists():
+        kept = _cut_to_whole_problems(path, config.num_samples, made_with)
+    kept = hosts.gather(kept)[0]
+    left = [i for i, one in enumerate(problems["prompt_ids"]) if one not in set(kept)]
     bar = tqdm.tqdm(
-        total=len(kept) + len(left), initial=len(kept), unit="prompt", desc="sampling"
+        total=len(kept) + len(left),
+        initial=len(kept),
+        unit="prompt",
+        desc="sampling",
+        disable=not hosts.first(),
     )
     for begin in range(0, len(left), SAMPLED_AT_ONCE):
         some = left[begin : begin + SAMPLED_AT_ONCE]
@@ -347,26 +367,49 @@ def write_samples(
             {name: [column[i] for i in some] for name, column in problems.items()}
         )
         if hosts.first():
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8", newline="") as file:
                 file.writelines(
-                    _sample_line(problems, some[found.group_B[b]], found, b)
+                    _sample_line(problems, some[found.group_B[b]], found, b, made_with)
                     for b in range(len(found))
                 )
         bar.update(len(some))
 
 
-def _whole_problems(path: epath.Path, num_samples: int) -> dict[int, list[str]]:
-    """prompt_id -> lines, of the problems that have all of theirs."""
-    lines: dict[int, list[str]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # Else it was cut off.
-                lines.setdefault(json.loads(line)["prompt_id"], []).append(line)
-    return {name: ls for name, ls in lines.items() if len(ls) == num_samples}
+def _cut_to_whole_problems(
+    path: pathlib.Path, num_samples: int, made_with: str
+) -> list[int]:
+    """The prompt_ids of the problems that have all their samples; what was written of
+    another when the file was cut off is cut away."""
+    whole: list[int] = []
+    end, place, lines = 0, 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            place, lines = place + len(line), lines + 1
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                other = row.get("made_with") != made_with
+            except (ValueError, AttributeError):
+                other = True
+            if other:
+                raise InputError(
+                    f"{path} line {lines} is not of this model, data and evaluation: give "
+                    "another file"
+                )
+            if lines % num_samples == 0:
+                whole.append(row["prompt_id"])
+                end = place
+    os.truncate(path, end)
+    return whole
 
 
 def _sample_line(
-    problems: Mapping[str, Sequence[Any]], i: int, found: rollout.Rollout, b: int
+    problems: Mapping[str, Sequence[Any]],
+    i: int,
+    found: rollout.Rollout,
+    b: int,
+    made_with: str,
 ) -> str:
     reward = float(found.reward_B[b])
     row = {
@@ -378,8 +421,9 @@ def _sample_line(
         "reward": reward if math.isfinite(reward) else None,
         "correct": bool(found.correct_B[b]),
         "finished": found.samples[b].finished,
+        "made_with": made_with,
     }
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row) + "\n"
 
 
 def per_problem(

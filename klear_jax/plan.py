@@ -222,7 +222,9 @@ def make_plan(
     phases = {}
     for name, one in programs.items():
         # What is alive beside a program's own arguments.
-        beside = {"update": 0, "score": state - params, "reshard": state - params}
+        beside = {"update": 0} | dict.fromkeys(
+            ("score", "validate", "reshard"), state - params
+        )
         phases[name] = one.memory.peak + beside.get(name, state)
     plan = {
         "task": task,
@@ -262,7 +264,7 @@ def make_plan(
 
 def advice(program: str) -> str:
     """What would help where this program is the one that does not fit."""
-    if program in ("update", "score"):
+    if program in ("update", "score", "validate"):
         return (
             "raise mesh.fsdp or mesh.tensor, lower micro_rows, or set remat to 'full' or "
             "'offload'"

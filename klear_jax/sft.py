@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +28,18 @@ from klear_jax import (
     steps,
     tokens,
 )
-from klear_jax.data.batches import Samples, SftBatches, read_samples, sft_batches
+from klear_jax.data.batches import (
+    Samples,
+    SftBatches,
+    packed_fill,
+    read_samples,
+    sft_batches,
+)
 from klear_jax.errors import InputError
 from klear_jax.metrics import Stopwatch, Writer, require_finite
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
-
-# Of the positions of packed rows, tokens fill about so many: what a number of epochs takes.
-FILL = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class DataConfig:
     prefetch: int  # Batches that a thread makes ahead.
 
     def __post_init__(self):
-        if any(weight <= 0 for weight in self.weights.values()):
+        if not all(0 < weight < math.inf for weight in self.weights.values()):
             raise InputError("data.weights must be positive")
         if self.prefetch < 0:
             raise InputError("data.prefetch must not be negative")
@@ -203,9 +207,10 @@ def _read(data: DataConfig, split: str, tokenizer: tokens.Tokenizer) -> list[Sam
 
 
 def steps_of_epoch(config: SftConfig, sources: Sequence[Samples]) -> float:
-    """Updates of a pass through the data, where rows are FILL full."""
+    """Updates of a pass through the data, where rows are as full as `packed_fill` says."""
     tokens = sum(one.weight * one.num_tokens for one in sources)
-    return tokens / (config.batch_rows * config.data.row_tokens * FILL)
+    fill = packed_fill(sources, config.data.row_tokens, pack=config.data.pack)
+    return tokens / (config.batch_rows * config.data.row_tokens * fill)
 
 
 def _log_data(sources: Sequence[Samples], num_steps: int, epoch_steps: float) -> None:

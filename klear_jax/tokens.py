@@ -30,6 +30,7 @@ FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+EXCERPT = 200  # Characters of messages in an error.
 # sentencepiece writes a space as this character, so it cannot tell the two apart.
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 QWEN3_CHAT = (
@@ -80,9 +81,20 @@ class Tokenizer:
                 **self._named_tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:
+            shown = repr(messages)[:EXCERPT]
             raise InputError(
-                f"{self.path.parent}: the chat template refuses {messages!r}: {error}"
+                f"{self.path.parent}: the chat template refuses {shown}: {error}"
             ) from error
+
+    @property
+    def markers(self) -> set[str]:
+        """Texts that become control tokens: of the chat, and of the ends of texts."""
+        chat = {
+            marker
+            for marker in (IM_START, IM_END)
+            if self._vocabulary.id_of(marker) is not None
+        }
+        return chat | set(self._named_tokens.values())
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of messages up to where the assistant's response begins."""

@@ -478,7 +478,7 @@ def test_json_lines(tmp_path):
         (b'{"problem": "\xff", "answer": "1"}', "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
         (b"[1]", "line 2: not a JSON object"),
-        (b'{"answer": "1"}', "line 2: prompt or problem or messages or"),
+        (b'{"answer": "1"}', "line 2: prompt or problem or"),
         (b'{"problem": "", "answer": "1"}', "line 2: prompt or problem or"),
         (b'{"problem": "\\ud800", "answer": "1"}', "line 2: prompt or problem"),
         (b'{"prompt": [], "answer": "1"}', "line 2: prompt or problem or"),

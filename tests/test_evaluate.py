@@ -11,7 +11,6 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from klear_jax import evaluate, sampler
 from klear_jax.data import cleaning, prepare
@@ -198,8 +197,8 @@ def test_samples_are_written_once_and_make_pass_rates(calls, monkeypatch, tmp_pa
         monkeypatch.setattr(sys.modules[__name__], "SAMPLED", [ALL_SAMPLED[name]])
         return run(config, problems=problems)
 
-    path = epath.Path(tmp_path / "samples.jsonl")
-    evaluate.write_samples(path, PROBLEMS, config, one_problem)
+    path = tmp_path / "samples.jsonl"
+    evaluate.write_samples(path, PROBLEMS, config, "m", one_problem)
     whole = path.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["correct"] for row in rows] == [
@@ -214,17 +213,27 @@ def test_samples_are_written_once_and_make_pass_rates(calls, monkeypatch, tmp_pa
         "reward": 1.0,
         "correct": True,
         "finished": True,
+        "made_with": "m",
     }
     rates = prepare.read_pass_rates((str(path),))
     hashes = map(cleaning.prompt_hash, PROBLEMS["messages"])
     assert [rates[one] for one in hashes] == [0.75, 0.0, 1.0]
-    path.write_text(whole[: len(whole) * 2 // 3])
-    asked.clear()
-    evaluate.write_samples(path, PROBLEMS, config, one_problem)
+    for keep, want in ((0.99, [2]), (0.66, [1, 2]), (0.2, [0, 1, 2]), (1, [])):
+        path.write_text(whole[: int(len(whole) * keep)])
+        asked.clear()
+        evaluate.write_samples(path, PROBLEMS, config, "m", one_problem)
+        assert path.read_text() == whole
+        assert asked == want
+    with pytest.raises(InputError, match=r"line 1 is not of this model, data and eval"):
+        evaluate.write_samples(path, PROBLEMS, config, "another", one_problem)
     assert path.read_text() == whole
-    assert asked in ([1, 2], [2])
+    # What could not be scored does not count.
+    rows[1]["reward"], rows[1]["correct"] = None, False
+    path.write_text("\n".join(map(json.dumps, rows)))
+    rates = prepare.read_pass_rates((str(path),))
+    assert rates[cleaning.prompt_hash(PROBLEMS["messages"][0])] == 2 / 3
     with pytest.raises(InputError, match=r"needs evaluation.num_samples above 0 and"):
-        evaluate.write_samples(path, PROBLEMS, CONFIG, one_problem)
+        evaluate.write_samples(path, PROBLEMS, CONFIG, "m", one_problem)
 
 
 @hypothesis.given(

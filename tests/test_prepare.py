@@ -4,6 +4,7 @@ workers, parts or kills."""
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import json
@@ -681,6 +682,9 @@ BAD = [
     ({"kind": "rl", "choose__judge": True}, "choose.judge is for responses"),
     ({"name": "my-data"}, "name must be of a-z, 0-9 and _, not 'my-data'"),
     ({"version": "1"}, "version must be such as '1.0.0', not '1'"),
+    ({"clean__allowed": ("the", "$")}, r"the allowed phrase '\$' has no word"),
+    ({"choose__validation_percent": 0.001}, "to below 100, in hundredths, not 0.001"),
+    ({"output": "gs://bucket/data"}, "must be a folder on a disk"),
     ({"part_mb": 0}, "part_mb and shard_mb must be at least 1"),
     ({"limit": -1}, "limit must not be negative"),
     ({"clean__benchmarks": ("/absent.jsonl",)}, "no file at '/absent.jsonl'"),
@@ -905,3 +909,150 @@ def test_clean_text_shares_nothing_with_benchmarks():
         )
 
     assert hits(()) == 24 and hits(sections.STOCK_PHRASES) == 2
+
+
+ODD = [
+    ({"data_source": "\ud800"}, "bad", "data_source must be text"),
+    ({"answer": float("nan")}, "bad", "not JSON"),
+    ({"answer": {"a": float("inf")}}, "bad", "not JSON"),
+    (
+        {"prompt": [{"role": "judge", "content": "x"}, 7]},
+        "bad",
+        "a message is not an object",
+    ),
+    ({"response": CHAIN + "<|im_end|>"}, "dropped", "control token in the text"),
+    ({"prompt": "x <|im_start|>user"}, "dropped", "control token in the text"),
+    ({"": "unlooked at", "answer": "", "extra": 10**400}, "taken", ""),
+    ({"prompt": [{"role": "system", "content": ""}, USER]}, "taken", ""),
+    ({"response": "<think>\u2028\x85</think>\r\n4"}, "taken", ""),
+    ({"prompt": "x" * 9000}, "bad", "not JSON"),  # A line that is too long.
+]
+
+
+@pytest.mark.parametrize("changes, what, reason", ODD)
+def test_odd_rows(tmp_path, tokenizer, monkeypatch, changes, what, reason):
+    monkeypatch.setattr(files, "LONGEST_LINE", 8192)
+    monkeypatch.setattr(files, "BLOCK", 100)
+    written = [make_row(0), make_row(1, **changes), make_row(2)]
+    write(tmp_path / "raw.jsonl", written)
+    with (tmp_path / "raw.jsonl").open("ab") as file:
+        file.write(b"\n" * 10)
+    config = settings_of(tmp_path, tokenizer, clean__max_bad_share=1.0)
+    report = read_report(prepare.prepare(config))["sources"]["raw"]
+    assert (report["rows"], report["taken"]) == (3, 2 + (what == "taken"))
+    if what != "taken":
+        assert report[what] == {reason: 1}
+
+
+def test_odd_parquet(tmp_path, tokenizer):
+    """A column that is not looked at may hold anything; a row that cannot be held is bad."""
+    dates = pyarrow.array([1, 2**60, 3], pyarrow.timestamp("us"))
+    table = pyarrow.table(
+        {
+            "prompt": [f"{i}?" for i in range(3)],
+            "response": [CHAIN] * 3,
+            "when": dates,
+            "meta": pyarrow.StructArray.from_arrays([dates], ["answer"]),
+        }
+    )
+    pyarrow.parquet.write_table(table.drop(["meta"]), tmp_path / "unlooked.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "looked.parquet")
+    for name, taken, bad in (
+        ("unlooked", 3, {}),
+        (
+            "looked",
+            0,
+            {
+                "answer must be text that is not empty, a list of such, or an object": 2,
+                "not JSON": 1,
+            },
+        ),
+    ):
+        source = {"path": str(tmp_path / f"{name}.parquet")}
+        config = settings_of(
+            tmp_path,
+            tokenizer,
+            sources={"raw": source},
+            clean__max_bad_share=1.0,
+            name=name,
+        )
+        if taken:
+            report = read_report(prepare.prepare(config))["sources"]["raw"]
+            assert (report["taken"], report["bad"]) == (taken, bad)
+        else:
+            with pytest.raises(InputError, match="3 of its first 3 rows are bad"):
+                prepare.prepare(config)
+
+
+def test_one_process_at_a_time(tmp_path, tokenizer):
+    write(tmp_path / "raw.jsonl", [make_row(0)])
+    config = settings_of(tmp_path, tokenizer)
+    folder = tmp_path / "out" / "klear_sft"
+    folder.mkdir(parents=True)
+    with (folder / ".1.0.0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"another process is making .*1\.0\.0"):
+            prepare.prepare(config)
+    assert prepare.prepare(config) == folder / "1.0.0"
+
+
+def test_rewards_are_tried_out_first(tmp_path, tokenizer):
+    write(tmp_path / "raw.jsonl", [make_row(0)])
+    config = settings_of(tmp_path, tokenizer, choose__judge=True)
+    kinds = dict(config.rewards.kinds)
+    kinds["math"] = dataclasses.replace(kinds["math"], options={"corect": 1.0})
+    rewards = dataclasses.replace(config.rewards, kinds=kinds)
+    with pytest.raises(
+        InputError, match=r"rewards.kinds.math .* fails on an empty response"
+    ):
+        prepare.prepare(dataclasses.replace(config, rewards=rewards))
+    write(tmp_path / "raw.jsonl", [make_row(0, data_source="aime")] * 3)
+    with pytest.raises(InputError, match="no reward for its data_source: 'aime'"):
+        prepare.prepare(config)
+
+
+def samples_of(name, count, length=5, weight=1.0, first=0):
+    rows = [
+        {
+            "tokens": np.full(length, first + i, np.int32),
+            "mask": np.ones(length, np.int32),
+        }
+        for i in range(count)
+    ]
+    return batches.Samples(name, weight, rows, count * length)
+
+
+def test_streams_share_sources_of_one_sample():
+    sources = [samples_of(str(i), 1, first=i) for i in range(100)]
+    sft = batches.sft_batches(
+        sources, row_tokens=64, rows_per_batch=4, seed=0, num_streams=4, num_epochs=1
+    )
+    drawn = collections.Counter(s for batch in sft.iterator for s in segments(batch))
+    assert len(drawn) == sft.num_samples == 100 and set(drawn.values()) == {1}
+    with pytest.raises(InputError, match=r"3 samples are too few for data.streams=4"):
+        batches.sft_batches(
+            sources[:3], row_tokens=64, rows_per_batch=4, seed=0, num_streams=4
+        )
+
+
+def test_a_checkpoint_of_other_data():
+    def iterator(count):
+        sources = [samples_of("one", count)]
+        return batches.sft_batches(
+            sources, row_tokens=64, rows_per_batch=4, seed=0
+        ).iterator
+
+    state = iterator(9).get_state()
+    iterator(9).set_state(state)
+    with pytest.raises(
+        InputError, match=r"is of other data.* were \[\['one', 9, 45\]\], not"
+    ):
+        iterator(8).set_state(state)
+
+
+@pytest.mark.parametrize(
+    "lengths, pack, fill", [([60], True, 0.6), ([50], True, 1.0), ([10], False, 0.1)]
+)
+def test_how_full_rows_will_be(lengths, pack, fill):
+    sources = [samples_of(str(n), 40, length=n) for n in lengths]
+    assert batches.packed_fill(sources, 100, pack=pack) == pytest.approx(fill)

@@ -27,6 +27,8 @@ IN_PROCESS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 # Rows filled side by side. With lengths like those of long chains of thought, 128 rows
 # are 98% full (8 rows: 93%), for 128 x row_tokens x 24 bytes of host memory.
 PACKING_POOL = 128
+# Whose lengths tell how full rows will be.
+FILL_SAMPLES = 1_000
 
 
 class Streams:
@@ -40,8 +42,14 @@ class Streams:
       num_samples: how many have come, of the streams that this process reads.
     """
 
-    def __init__(self, mine: Mapping[int, grain.DatasetIterator], count: int):
-        self._mine, self._count = dict(mine), count
+    def __init__(
+        self,
+        mine: Mapping[int, grain.DatasetIterator],
+        count: int,
+        made_of: Sequence[Sequence[Any]],
+    ):
+        """`made_of` are JSON values that tell the data from others."""
+        self._mine, self._count, self._made_of = dict(mine), count, list(made_of)
         self._seen = dict.fromkeys(mine, 0)
 
     @property
@@ -73,9 +81,18 @@ class Streams:
             str(stream): {"position": it.get_state(), "seen": self._seen[stream]}
             for stream, it in self._mine.items()
         }
-        return {stream: s for part in hosts.gather(mine) for stream, s in part.items()}
+        streams = {
+            stream: s for part in hosts.gather(mine) for stream, s in part.items()
+        }
+        return streams | {"made_of": self._made_of}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `get_state`; an InputError where that was of other data."""
+        if state["made_of"] != self._made_of:
+            raise InputError(
+                f"the checkpoint is of other data, whose sources (name, samples, tokens) were "
+                f"{state['made_of']}, not {self._made_of}"
+            )
         for stream, it in self._mine.items():
             it.set_state(state[str(stream)]["position"])
             self._seen[stream] = state[str(stream)]["seen"]
@@ -107,7 +124,6 @@ def text_samples(
     *,
     row_tokens: int,
     too_long: Literal["error", "drop"],
-    name: str = "",
 ) -> Samples:
     """Examples, tokenised now and kept in memory.
 
@@ -116,7 +132,6 @@ def text_samples(
       tokenizer: its chat template makes the prompt, its first stop id ends the response.
       row_tokens: the most tokens that a sample may have.
       too_long: what becomes of a longer one.
-      name: of the source.
 
     Raises:
       InputError: an example without response or too long; nothing left.
@@ -136,7 +151,7 @@ def text_samples(
     if not rows:
         raise InputError(f"none of {len(examples)} samples fits a row of {row_tokens}")
     num_tokens = sum(len(row["tokens"]) for row in rows)
-    return Samples(name, 1.0, rows, num_tokens, len(examples) - len(rows))
+    return Samples("", 1.0, rows, num_tokens, len(examples) - len(rows))
 
 
 def _sample(tokens: np.ndarray, prompt_tokens: int) -> dict[str, np.ndarray]:
@@ -160,7 +175,7 @@ def read_samples(
       weights: name of a source -> how often an epoch goes through it, in place of what
         the data set says.
     """
-    first = epath.Path(str(path).split(",")[0])
+    first = epath.Path(str(path).split(",")[0].strip())
     if first.is_dir() and shards.read_metadata(first):
         found = prepared_samples(path, split, tokenizer, row_tokens=row_tokens)
     else:
@@ -198,7 +213,7 @@ def prepared_samples(
       InputError: a folder that is no such data set, or none for this tokenizer and rows.
     """
     found = []
-    for folder in str(path).split(","):
+    for folder in map(str.strip, str(path).split(",")):
         metadata = shards.read_metadata(folder)
         if metadata is None or metadata["made_with"]["kind"] != "sft":
             raise InputError(f"{folder} holds no SFT data that prepare_data made")
@@ -227,9 +242,8 @@ def _prepared_sources(
     source = shards.read_source(folder, split)
     start = 0
     for one in metadata["sources"][split]:
-        if one["samples"]:
-            rows = _Rows(f"{folder}, split {split!r}", source, start, one["samples"])
-            yield Samples(one["name"], one["weight"], rows, one["tokens"])
+        rows = _Rows(f"{folder}, split {split!r}", source, start, one["samples"])
+        yield Samples(one["name"], one["weight"], rows, one["tokens"])
         start += one["samples"]
 
 
@@ -296,7 +310,8 @@ def sft_batches(
       num_epochs: then the iterator ends, its last batch filled up with empty rows, and each
         sample has come so often, whatever its source's weight; None: never.
       pack: several samples a row, or one.
-      num_streams: the samples are dealt to so many `Streams`, each packed by itself.
+      num_streams: the samples are dealt to so many `Streams`, each packed by itself; where
+        one has a sample more than another, these come a little less often.
       my_rows: of a batch, those that this process needs; None: all.
       prefetch: batches that a thread makes ahead.
 
@@ -312,11 +327,7 @@ def sft_batches(
     stack = functools.partial(_stack, num_rows=rows_per_batch // num_streams)
     streams, num_samples = {}, 0.0
     for stream in sorted({row % num_streams for row in my_rows}):
-        mine = [
-            (one.weight, dealt)
-            for one in sources
-            if len(dealt := grain.MapDataset.source(one.rows)[stream::num_streams])
-        ]
+        mine = _deal(sources, stream, num_streams)
         if not mine:
             raise InputError(
                 f"{sum(len(one.rows) for one in sources)} samples are too few for "
@@ -336,7 +347,44 @@ def sft_batches(
                 dataset, prefetch_buffer_size=prefetch
             )
         streams[stream] = iter(dataset)
-    return SftBatches(Streams(streams, num_streams), num_samples)
+    made_of = [[one.name, len(one.rows), one.num_tokens] for one in sources]
+    return SftBatches(Streams(streams, num_streams, made_of), num_samples)
+
+
+def packed_fill(sources: Sequence[Samples], row_tokens: int, *, pack: bool) -> float:
+    """The share of positions of rows that tokens fill, as FILL_SAMPLES of all show it."""
+    count = sum(len(one.rows) for one in sources)
+    step = max(1, count // FILL_SAMPLES)
+    lengths = [
+        len(one.rows[i]["tokens"])
+        for one in sources
+        for i in range(0, len(one.rows), step)
+    ]
+    zeros = np.zeros(row_tokens, np.int32)
+    rows = [{"tokens": zeros[:length], "mask": zeros[:length]} for length in lengths]
+    stand_in = Samples("", 1.0, rows, sum(lengths))
+    found = sft_batches(
+        [stand_in],
+        row_tokens=row_tokens,
+        rows_per_batch=PACKING_POOL,
+        seed=0,
+        pack=pack,
+    )
+    return float((next(found.iterator)["segment_ids"] > 0).mean())
+
+
+def _deal(
+    sources: Sequence[Samples], stream: int, num_streams: int
+) -> list[tuple[float, grain.MapDataset]]:
+    """Weight and samples of each source that a stream has: every num_streams-th of all."""
+    dealt, before = [], 0
+    for one in sources:
+        first = (stream - before) % num_streams
+        if first < len(one.rows):
+            rows = grain.MapDataset.source(one.rows)[first::num_streams]
+            dealt.append((one.weight, rows))
+        before += len(one.rows)
+    return dealt
 
 
 def _mix(

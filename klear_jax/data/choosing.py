@@ -18,7 +18,7 @@ REASONS = (
     *(NO_RATE, TOO_HARD, TOO_EASY, TOO_MANY),
 )
 SPLITS = ("train", "validation")
-HUNDREDTHS = 10_000  # Of a percent, which a prompt's hash falls into.
+HUNDREDTHS = 10_000  # Of a percent: a prompt's hash falls into one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,15 @@ class ChooseConfig:
     def __post_init__(self):
         if self.responses_per_prompt < 0:
             raise InputError("responses_per_prompt must not be negative; 0: all")
-        if not 0 <= self.validation_percent < 100:
-            raise InputError("validation_percent must be from 0 to below 100")
+        hundredths = self.validation_percent * 100
+        if (
+            not 0 <= hundredths < HUNDREDTHS
+            or abs(hundredths - round(hundredths)) > 1e-6
+        ):
+            raise InputError(
+                "validation_percent must be from 0 to below 100, in hundredths, not "
+                f"{self.validation_percent}"
+            )
         if self.only_right and not self.judge:
             raise InputError("only_right needs judge=True")
         by_rate = (self.pass_rate_above, self.pass_rate_below, self.easy_above)
@@ -161,7 +168,7 @@ def _splits(
     prompt_hash: np.ndarray, rate: np.ndarray, config: ChooseConfig
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """By the prompt alone, so that no prompt is in two of them."""
-    share = config.validation_percent * HUNDREDTHS / 100
+    share = round(config.validation_percent * 100)
     held_out = (prompt_hash % HUNDREDTHS < share).astype(np.int8)
     if config.easy_above is None:
         return held_out, SPLITS

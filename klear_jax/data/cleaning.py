@@ -58,7 +58,8 @@ class Benchmarks:
 
     A prompt is contaminated if it has n words in a row in common with a problem (the paper:
     n = 9), as `words` reads both. A problem of fewer words counts where it stands as a
-    whole in a prompt, and one of fewer than SHORTEST_PASSAGE where it is the prompt.
+    whole in a prompt; and where it is the prompt, if it has fewer than SHORTEST_PASSAGE, or if
+    allowed phrases leave no passage of it.
     """
 
     def __init__(
@@ -73,20 +74,24 @@ class Benchmarks:
             and n are relatively prime positive integers": many problems have them.
 
         Raises:
-          InputError: a problem of which no word is left.
+          InputError: a problem of which no word is left; a phrase without one.
         """
         self._allowed = [_spaced(words(phrase)) for phrase in allowed]
+        if "" in self._allowed:
+            phrase = allowed[self._allowed.index("")]
+            raise InputError(f"the allowed phrase {phrase!r} has no word")
         # Words of a passage -> passage -> the problem that it is from.
         self._passages: dict[int, dict[str, str]] = {}
         self._whole: dict[str, str] = {}
         for name, text in problems:
             pieces = self._pieces(text)
-            length = min(n, max(map(len, pieces)))
-            if not length:
+            count, longest = sum(map(len, pieces)), max(map(len, pieces))
+            if not count:
                 raise InputError(
                     f"the problem {name} has no word beside the allowed phrases"
                 )
-            if length < SHORTEST_PASSAGE:
+            length = min(n, count)
+            if length < SHORTEST_PASSAGE or longest < length:
                 self._whole.setdefault(_joined(pieces), name)
                 continue
             known = self._passages.setdefault(length, {})

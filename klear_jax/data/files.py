@@ -4,8 +4,9 @@ and parquet, by the end of their names."""
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import pyarrow
@@ -15,7 +16,8 @@ from etils import epath
 from klear_jax.errors import InputError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-LONGEST_LINE = 1 << 26  # Bytes.
+BLOCK = 1 << 20  # Bytes that are read at once.
+LONGEST_LINE = 1 << 26  # Bytes, and a block.
 PARQUET_ROWS = 256  # Decoded at once.
 
 
@@ -26,7 +28,7 @@ class Part:
     Attributes:
       path: the file.
       first: number of the first row, from 1: a line's number, or a row's in parquet.
-      lines: of JSON; None where `table` has the rows.
+      lines: of JSON, empty ones too; None where `table` has the rows.
       table: of parquet.
       num_read: bytes of the file since the part before.
     """
@@ -41,21 +43,44 @@ class Part:
         """Origin, number and content of each row, a line of JSON or what parquet holds;
         empty lines are no rows."""
         if self.table is not None:
-            for number, row in enumerate(self.table.to_pylist(), self.first):
+            for number, row in enumerate(_to_rows(self.table), self.first):
                 yield f"{self.path} row {number}", number, row
             return
         for number, line in enumerate(self.lines, self.first):
-            if line and not line.isspace():
+            if not _is_blank(line):
                 yield f"{self.path} line {number}", number, line
 
     def head(self, num_rows: int | None) -> "Part":
-        """Its first rows (lines, of JSON); None: all."""
+        """Its first rows; None: all."""
+        if num_rows is None or num_rows >= len(self):
+            return self
         if self.table is not None:
             return dataclasses.replace(self, table=self.table[:num_rows])
-        return dataclasses.replace(self, lines=self.lines[:num_rows])
+        rows = itertools.islice(self.rows(), num_rows)
+        last = max((number for _, number, _ in rows), default=self.first - 1)
+        return dataclasses.replace(self, lines=self.lines[: last + 1 - self.first])
 
     def __len__(self) -> int:
-        return len(self.lines) if self.table is None else len(self.table)
+        if self.table is not None:
+            return len(self.table)
+        return sum(not _is_blank(line) for line in self.lines)
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line or line.isspace()
+
+
+def _to_rows(table: pyarrow.Table) -> Iterator[Mapping[str, Any] | bytes]:
+    """The rows; b"" for one that Python cannot hold, such as a date in the year 30,000."""
+    try:
+        yield from table.to_pylist()
+    except (ValueError, OverflowError):
+        for i in range(len(table)):
+            try:
+                [row] = table[i : i + 1].to_pylist()
+                yield row
+            except (ValueError, OverflowError):
+                yield b""
 
 
 def find(patterns: str) -> list[str]:
@@ -66,6 +91,9 @@ def find(patterns: str) -> list[str]:
         paths = [path for path in paths if epath.Path(path).is_file()]
         if not paths:
             raise InputError(f"no file at {pattern!r}")
+        for path in paths:
+            if not path.isprintable():
+                raise InputError(f"the name of the file {path!r} is no printable text")
         found += paths
     return found
 
@@ -85,16 +113,25 @@ def fingerprint(path: str) -> str:
     return f"{size} {digest.hexdigest()}"
 
 
-def parts(path: str, part_bytes: int) -> Iterator[Part]:
+def parts(
+    path: str, part_bytes: int, columns: Collection[str] | None = None
+) -> Iterator[Part]:
     """The file in parts of about part_bytes, always cut at the same rows.
+
+    Args:
+      path: of the file.
+      part_bytes: roughly, in memory.
+      columns: of parquet, those that are read if they are there; None: all.
 
     Raises:
       InputError: the file is missing, cut off or not what its name says; after the parts
         before that.
     """
-    read = _parquet_parts if path.endswith(".parquet") else _line_parts
     try:
-        yield from read(path, part_bytes)
+        if path.endswith(".parquet"):
+            yield from _parquet_parts(path, part_bytes, columns)
+        else:
+            yield from _line_parts(path, part_bytes)
     except (OSError, pyarrow.ArrowException, EOFError) as error:
         kind = "parquet" if path.endswith(".parquet") else "JSON lines"
         raise InputError(
@@ -107,9 +144,9 @@ def _line_parts(path: str, part_bytes: int) -> Iterator[Part]:
     with epath.Path(path).open("rb") as file:
         stream = pyarrow.CompressedInputStream(file, codec) if codec else file
         first, lines, size, start = 1, [], 0, 0
-        for line in _lines(stream, path):
+        for line in _lines(stream):
             lines.append(line)
-            size += len(line)
+            size += len(line) + 1
             if size >= part_bytes:
                 yield Part(path, first, lines, None, file.tell() - start)
                 first, lines, size, start = first + len(lines), [], 0, file.tell()
@@ -117,26 +154,33 @@ def _line_parts(path: str, part_bytes: int) -> Iterator[Part]:
             yield Part(path, first, lines, None, file.tell() - start)
 
 
-def _lines(stream: Any, path: str) -> Iterator[bytes]:
-    """Lines without their ends, read a MiB at a time."""
+def _lines(stream: Any) -> Iterator[bytes]:
+    """Lines without their ends; too long ones are cut off, so that they are no JSON."""
     rest = b""
-    while block := stream.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
-        yield from lines
-        if len(rest) > LONGEST_LINE:
-            raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes")
+    while block := stream.read(BLOCK):
+        *lines, end = block.split(b"\n")
+        if lines:
+            yield rest if len(rest) >= LONGEST_LINE else rest + lines[0]
+            yield from lines[1:]
+            rest = b""
+        if len(rest) < LONGEST_LINE:
+            rest += end
     if rest:
         yield rest
 
 
-def _parquet_parts(path: str, part_bytes: int) -> Iterator[Part]:
+def _parquet_parts(
+    path: str, part_bytes: int, columns: Collection[str] | None
+) -> Iterator[Part]:
     with (
         epath.Path(path).open("rb") as source,
         pyarrow.parquet.ParquetFile(source, pre_buffer=False) as file,
     ):
         size_on_disk, num_rows = file_size(path), file.metadata.num_rows
         first, batches, size, seen = 1, [], 0, 0
-        for batch in file.iter_batches(PARQUET_ROWS):
+        there = file.schema_arrow.names
+        wanted = [name for name in there if columns is None or name in columns]
+        for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
             batches.append(batch)
             size += batch.nbytes
             seen += batch.num_rows

@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import tqdm
+from etils import epath
 
 from klear_jax import config as config_lib
 from klear_jax.data import cleaning, files, report, rows, samples, shards
@@ -54,7 +57,7 @@ class SourceConfig:
     weight: float
 
     def __post_init__(self):
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise InputError(f"weight must be positive, not {self.weight}")
         if self.shape not in rows.SHAPES:
             raise InputError(
@@ -87,6 +90,8 @@ class PrepareConfig:
     shard_mb: int
 
     def __post_init__(self):
+        if "://" in self.output:
+            raise InputError(f"output={self.output!r} must be a folder on a disk")
         if self.kind not in shards.FEATURES:
             raise InputError(f"kind must be 'sft' or 'rl', not {self.kind!r}")
         if not re.fullmatch("[a-z][a-z0-9_]*", self.name):
@@ -109,6 +114,11 @@ class PrepareConfig:
     def workers(self) -> int:
         return self.num_workers or len(os.sched_getaffinity(0))
 
+    @property
+    def needed_rewards(self) -> RewardConfig | None:
+        """What answers must suit: those of RL, and those that responses are judged by."""
+        return self.rewards if self.kind == "rl" or self.choose.judge else None
+
 
 def prepare(config: PrepareConfig) -> pathlib.Path:
     """Makes the data set, or goes on with one that was begun.
@@ -123,16 +133,27 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     paths = {name: files.find(source.path) for name, source in config.sources.items()}
     settings = _settings(config, paths)
     folder = pathlib.Path(config.output).expanduser() / config.name / config.version
-    if folder.exists():
+    with _alone(folder):
+        if not folder.exists():
+            _make(config, paths, settings, folder)
         shards.check_made_with(folder, settings)
         _sweep(folder)
-        return folder
+    return folder
+
+
+def _make(
+    config: PrepareConfig,
+    paths: Mapping[str, list[str]],
+    settings: Mapping[str, Any],
+    folder: pathlib.Path,
+) -> None:
     clean = config.clean
     samples.load_benchmarks(clean.benchmarks, clean.ngram, clean.allowed)
     rates = read_pass_rates(config.choose.pass_rates)
     _preview(config, paths)
     work = folder.with_name(f"{config.version}.unfinished")
-    with _at_work(work, settings), _workers(config.workers) as run:
+    _begin(work, settings, paths)
+    with _workers(config.workers) as run:
         parts = _clean(config, paths, work / "parts", run)
         _check_bad_rows(config, parts)
         if config.choose.judge:
@@ -145,20 +166,24 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
         _write(config, settings, list(parts), table, choice, work, run)
         report.write(work, summary)
     os.replace(work, folder)
-    _sweep(folder)
-    return folder
 
 
 def _settings(config: PrepareConfig, paths: Mapping[str, list[str]]) -> dict[str, Any]:
     """All that decides on the bytes of the data set, as JSON values."""
     values = dataclasses.asdict(config)
-    for key in ("output", "num_workers"):
+    for key in ("output", "num_workers", "rewards"):
         del values[key]
+    del values["clean"]["max_bad_share"]
+    if config.needed_rewards:
+        rewards = dataclasses.asdict(config.needed_rewards)
+        for key in ("kinds", "sources", "kind", "full_credit", "task_timeout_s"):
+            values[f"rewards.{key}"] = rewards[key]
     named = [path for found in paths.values() for path in found]
     for pattern in (*config.clean.benchmarks, *config.choose.pass_rates):
         named += files.find(pattern)
     values |= {
         "format": FORMAT,
+        "order": list(config.sources),
         "files": {path: files.fingerprint(path) for path in named},
         "tokenizer": samples.load_tokenizer(config.tokenizer).fingerprint,
     }
@@ -166,81 +191,100 @@ def _settings(config: PrepareConfig, paths: Mapping[str, list[str]]) -> dict[str
 
 
 @contextlib.contextmanager
-def _at_work(work: pathlib.Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """The folder of unfinished work: ours alone, and begun with these settings."""
-    (work / "parts").mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Nobody else makes this data set meanwhile."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process is at work in {work}") from None
-        kept = work / "settings.json"
-        if kept.exists():
-            begun_with = json.loads(kept.read_text())
-            if changed := config_lib.differences(begun_with, settings):
-                raise InputError(
-                    f"{work} was begun with other settings: {changed[0]}; delete it to "
-                    "begin anew"
-                )
-        text = json.dumps(settings)
-        samples.put(kept, lambda path: path.write_text(text))
+            raise InputError(f"another process is making {folder}") from None
         yield
+
+
+def _begin(
+    work: pathlib.Path, settings: Mapping[str, Any], paths: Mapping[str, list[str]]
+) -> None:
+    """The folder of unfinished work, begun with these settings and files."""
+    times = {
+        path: epath.Path(path).stat().mtime
+        for found in paths.values()
+        for path in found
+    }
+    settings = {**settings, "changed": times}
+    kept = work / "settings.json"
+    if kept.exists():
+        begun_with = json.loads(kept.read_text())
+        if changed := config_lib.differences(begun_with, settings):
+            raise InputError(
+                f"{work} was begun with other settings: {changed[0]}; delete it to begin anew"
+            )
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings)
+    samples.put(kept, lambda path: path.write_text(text))
 
 
 def _sweep(folder: pathlib.Path) -> None:
     """Removes what only unfinished work needs; a kill may have come before."""
     shutil.rmtree(folder / "parts", ignore_errors=True)
-    for name in ("settings.json", "lock"):
-        (folder / name).unlink(missing_ok=True)
+    (folder / "settings.json").unlink(missing_ok=True)
 
 
 def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
     """prompt_hash -> share of right samples, from files that `evaluate --samples` writes.
+
+    Samples that could not be scored (reward null) are not counted.
 
     Raises:
       InputError: a row without a prompt, or with a `correct` that is no truth value.
     """
     right, total = Counter(), Counter()
     for path in (path for pattern in patterns for path in files.find(pattern)):
-        for part in files.parts(path, 1 << 24):
-            for origin, number, row in part.rows():
-                try:
-                    row = rows.from_json(row)
-                    example = rows.to_example(
-                        row, rows.SHAPES["any"], origin=origin, prompt_id=number
-                    )
-                except rows.BadRow as error:
-                    raise InputError(f"{origin}: {error}") from None
-                if not isinstance(row.get("correct"), bool):
-                    raise InputError(f"{origin}: correct must be true or false")
-                prompt = cleaning.prompt_hash(example.messages)
+        for origin, row, messages in samples.read_prompts(path):
+            if not isinstance(row.get("correct"), bool):
+                raise InputError(f"{origin}: correct must be true or false")
+            if row.get("reward", 0.0) is not None:
+                prompt = cleaning.prompt_hash(messages)
                 total[prompt] += 1
                 right[prompt] += row["correct"]
     return {prompt: right[prompt] / total[prompt] for prompt in total}
 
 
 def _preview(config: PrepareConfig, paths: Mapping[str, list[str]]) -> None:
-    """Looks at the first rows of each source: a wrong shape is found in a second."""
+    """Looks at the first rows of each source, and tries their rewards out: a wrong shape, or
+    a reward that cannot work, is found in a second."""
+    good = []
     for name, found in paths.items():
-        part = next(files.parts(found[0], 1 << 20), None)
-        if part is None:
-            raise InputError(f"source {name}: {found[0]} holds no rows")
+        fields = config.sources[name].mapping()
+        read = (
+            row
+            for path in found
+            for part in files.parts(path, 1 << 20, fields.columns())
+            for row in part.rows()
+        )
         faults, count = [], 0
-        for origin, number, row in part.head(PREVIEW_ROWS).rows():
+        for origin, number, row in itertools.islice(read, PREVIEW_ROWS):
             count += 1
             try:
-                example = rows.to_example(
-                    row, config.sources[name].mapping(), origin=origin, prompt_id=number
-                )
-                if config.kind == "sft" and example.response is None:
-                    raise rows.BadRow("no response to learn from")
+                example = rows.to_example(row, fields, origin=origin, prompt_id=number)
+                samples.check_example(example, config.kind, config.needed_rewards)
+                good.append(example)
             except rows.BadRow as error:
-                faults.append(f"{origin}: {error}")
+                faults.append(f"{origin}: {str(error)[: samples.EXCERPT]}")
+        if not count:
+            raise InputError(
+                f"source {name}: {config.sources[name].path} holds no rows"
+            )
         if len(faults) > PREVIEW_SHARE * count:
             raise InputError(
                 f"source {name}: {len(faults)} of its first {count} rows are bad (is its "
                 f"shape {config.sources[name].shape!r}?), such as {faults[0]}"
             )
+    if config.choose.judge:
+        answered = [example for example in good if example.answer is not None]
+        routing.check(config.rewards, answered)
+        with routing.make_pool(config.rewards) as scorers:
+            routing.try_out(scorers, config.rewards, answered)
 
 
 def _clean(
@@ -256,7 +300,8 @@ def _clean(
 
     def jobs() -> Iterator[tuple[Any, ...]]:
         for number, (source, found) in enumerate(paths.items()):
-            for name, part in _numbered(found, config.limit, config.part_mb << 20):
+            columns = config.sources[source].mapping().columns()
+            for name, part in _numbered(found, columns, config):
                 bar.update(part.num_read)
                 output = folder / f"{number:03}-{name}"
                 outputs.append(output)
@@ -275,12 +320,12 @@ def _clean(
 
 
 def _numbered(
-    found: list[str], limit: int, part_bytes: int
+    found: list[str], columns: set[str], config: PrepareConfig
 ) -> Iterator[tuple[str, files.Part]]:
-    """A name and the rows of each part of the files, up to the limit (0: none)."""
-    left = limit or None
+    """A name and the rows of each part of a source's files, up to the limit."""
+    left = config.limit or None
     for f, path in enumerate(found):
-        for p, part in enumerate(files.parts(path, part_bytes)):
+        for p, part in enumerate(files.parts(path, config.part_mb << 20, columns)):
             part = part.head(left)
             yield f"{f:05}-{p:06}", part
             if left:
@@ -300,6 +345,7 @@ def _clean_part(
         fields=config.sources[source].mapping(),
         config=config.clean,
         tokenizer=config.tokenizer,
+        rewards=config.needed_rewards,
     )
 
 
@@ -327,7 +373,7 @@ def _judge(config: PrepareConfig, parts: list[pathlib.Path]) -> None:
             output = part.with_suffix(".npy")
             if output.exists():
                 continue
-            columns = ["origin", "response", "answer", "answer_is_json", "data_source"]
+            columns = ["response", "answer", "answer_is_json", "data_source"]
             read = pyarrow.parquet.read_table(part, columns=columns).to_pylist()
             scores = [_submit(scorers, config.rewards, row) for row in read]
             right = np.full(len(read), -1, np.int8)
@@ -349,13 +395,7 @@ def _submit(
         return None
     answer = json.loads(row["answer"]) if row["answer_is_json"] else row["answer"]
     source = row["data_source"]
-    try:
-        kind = rewards.kinds[rewards.kind_of(source)]
-    except KeyError:
-        raise InputError(
-            f"{row['origin']}: no reward for the data_source {source!r}: name it in "
-            f"rewards.sources, which has {sorted(rewards.sources)}"
-        ) from None
+    kind = rewards.kinds[rewards.kind_of(source)]
     answer = routing.ground_truth(rewards, source, answer, seed="")
     return scorers.submit(kind.function, row["response"], answer, **kind.resolved())
 

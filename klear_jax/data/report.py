@@ -45,6 +45,10 @@ def summarise(
             "dropped": dict(dropped),
             "taken": int((here & taken).sum()),
             "tokens": int(table.num_tokens[here & taken].sum()),
+            "judged": {
+                name: int((here & (table.right == value)).sum())
+                for name, value in (("right", 1), ("wrong", 0), ("not judged", -1))
+            },
             "bad_rows": [line for report in mine for line in report.named],
             "examples": examples,
         }
@@ -108,6 +112,10 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
             lines.append(_row(f"{kind}: {reason}", *counts))
     lines.append(_row("**taken**", *(one["taken"] for one in sources.values())))
     lines.append(_row("their tokens", *(one["tokens"] for one in sources.values())))
+    if any(one["judged"]["right"] + one["judged"]["wrong"] for one in sources.values()):
+        for name in ("right", "wrong", "not judged"):
+            counts = (one["judged"][name] for one in sources.values())
+            lines.append(_row(f"clean, and {name}", *counts))
     splits = summary["splits"]
     lines += ["", _row("split", "samples", "tokens", *(f"{q}%" for q in QUANTILES))]
     lines.append(_row(*["---"] * (len(QUANTILES) + 3)))
@@ -118,13 +126,17 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _row(*cells: Any) -> str:
-    shown = (f"{cell:,}" if isinstance(cell, int) else cell for cell in cells)
+    shown = (
+        f"{cell:,}" if isinstance(cell, int) else cell.replace("|", "\\|")
+        for cell in cells
+    )
     return f"| {' | '.join(shown)} |"
 
 
 def write(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
     """report.json, and report.md with examples."""
-    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    (folder / "report.json").write_text(text)
     lines = [as_markdown(summary)]
     for source, one in summary["sources"].items():
         for line in one["bad_rows"]:
@@ -135,4 +147,4 @@ def write(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
                 lines.append(
                     f"- {source}, {reason}: {row['origin']} {row['detail']} `{text}`"
                 )
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -41,7 +41,8 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Where a row says what. 'a.b' is a key within a key; of 'a|b' the first that is there.
+    """Where a row says what. 'a.b' is a key within a key, or a key of that name; of 'a|b'
+    it is the first that is there.
 
     Attributes:
       prompt: text, or messages of {role, content} or {from, value}. Where `response` finds
@@ -62,12 +63,21 @@ class Fields:
     system: str = ""
     replace: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def columns(self) -> set[str]:
+        """The keys of a row that are looked at."""
+        paths = "|".join(
+            getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "replace"
+        ).split("|")
+        return {*paths, *(path.split(".")[0] for path in paths)} - {""}
+
 
 ANSWER = "answer|reward_model.ground_truth"
 SHAPES = {
-    # Ours, the authors' RL rows (FACTS (h)), and prompt with response under other names.
+    # Ours, the authors' RL rows and benchmark files, and lists of messages.
     "any": Fields(
-        prompt="prompt|problem|messages|conversations",
+        prompt="prompt|problem|question|messages|conversations",
         response="response",
         answer=f"{ANSWER}|meta.answer|meta.solution",
         data_source="data_source",
@@ -117,7 +127,7 @@ def from_json(row: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(row, Mapping):
         return row
     try:
-        row = json.loads(row)
+        row = json.loads(row, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise BadRow("not JSON", str(error)) from None
     if not isinstance(row, dict):
@@ -125,20 +135,19 @@ def from_json(row: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
     return row
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def to_example(
     row: bytes | Mapping[str, Any], fields: Fields, *, origin: str, prompt_id: int
 ) -> Example:
     """The row, or the line of JSON that holds it, as an Example; or a BadRow."""
     row = from_json(row)
-    messages = _messages(_find(row, fields.prompt), fields.prompt)
+    messages, last = read_prompt(row, fields)
     response = _find(row, fields.response)
-    if response is None and messages[-1]["role"] == "assistant":
-        *messages, last = messages
-        response = last["content"]
-    if not messages or messages[-1]["role"] == "assistant":
-        raise BadRow("the prompt does not end with a message to the assistant")
-    if (system := _find(row, fields.system)) is not None:
-        messages = [{"role": "system", "content": _text("system", system)}, *messages]
+    if response is None:
+        response = last
     if response is not None:
         response = _text("response", response)
         for old, new in fields.replace.items():
@@ -146,21 +155,42 @@ def to_example(
         if (thinking := _find(row, fields.thinking)) is not None:
             thinking = _text("thinking", thinking)
             response = f"<think>\n{thinking.strip()}\n</think>\n\n{response}"
-    answer = _answer(_find(row, fields.answer))
+    answer = _find(row, fields.answer)
+    answer = None if answer == "" else _answer(answer)
     if answer is None and response is None:
         raise BadRow("neither answer nor response")
-    source = _find(row, fields.data_source) or ""
-    if not isinstance(source, str):
+    source = _find(row, fields.data_source)
+    if source not in (None, "") and not _is_text(source):
         raise BadRow("data_source must be text", repr(source))
-    return Example(origin, prompt_id, tuple(messages), answer, response, source)
+    return Example(origin, prompt_id, tuple(messages), answer, response, source or "")
+
+
+def read_prompt(
+    row: Mapping[str, Any], fields: Fields
+) -> tuple[list[dict[str, str]], str | None]:
+    """The messages up to where the assistant answers, and its answer if that is the last of
+    them; or a BadRow."""
+    messages = _messages(_find(row, fields.prompt), fields.prompt)
+    system = _find(row, fields.system)
+    if system not in (None, ""):
+        messages = [{"role": "system", "content": _text("system", system)}, *messages]
+    response = None
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        response = last["content"]
+    if not messages or messages[-1]["role"] == "assistant":
+        raise BadRow("the prompt does not end with a message to the assistant")
+    return messages, response
 
 
 def _find(row: Mapping[str, Any], where: str) -> Any:
     """What stands there, None if nothing."""
-    for path in where.split("|"):
-        value: Any = row
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
+    for path in where.split("|") if where else ():
+        value = row.get(path)
+        if value is None:
+            value = row
+            for key in path.split("."):
+                value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None:
             return value
     return None
@@ -177,9 +207,13 @@ def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
             raise BadRow("a message is not an object")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
+        if role == "system" and content == "":
+            continue
         if not _is_text(role) or not _is_text(content):
             raise BadRow("a message is not a role and a content in text")
         messages.append({"role": ROLES.get(role, role), "content": content})
+    if not messages:
+        raise BadRow("no message to the assistant")
     return messages
 
 
@@ -189,7 +223,7 @@ def _answer(answer: Any) -> Any:
     if isinstance(answer, list):
         good = bool(answer) and all(map(_is_text, answer))
     elif isinstance(answer, dict):
-        good = not SURROGATE.search(json.dumps(answer, ensure_ascii=False))
+        good = _is_json(answer)
     else:
         good = answer is None or _is_text(answer)
     if not good:
@@ -197,6 +231,13 @@ def _answer(answer: Any) -> Any:
             "answer must be text that is not empty, a list of such, or an object"
         )
     return answer
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return not SURROGATE.search(json.dumps(value, ensure_ascii=False))
+    except TypeError:  # Parquet knows dates and bytes.
+        return False
 
 
 def _text(name: str, value: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import pyarrow.parquet
 from klear_jax import tokens
 from klear_jax.data import cleaning, files, rows
 from klear_jax.errors import InputError
-from klear_jax.rewards import code
+from klear_jax.rewards import code, routing
+from klear_jax.rewards.routing import RewardConfig
 
 # Of each reason, in the report of a part.
 EXAMPLES = 3
@@ -104,19 +105,31 @@ load_tokenizer = functools.cache(tokens.load)
 def load_benchmarks(
     patterns: tuple[str, ...], ngram: int, allowed: tuple[str, ...]
 ) -> cleaning.Benchmarks:
-    """The problems of all benchmark files, in any shape that `rows` knows."""
+    """The problems of all benchmark files: JSON lines or parquet with a prompt, as
+    `rows.SHAPES["any"]` says."""
     problems = []
     for path in (path for pattern in patterns for path in files.find(pattern)):
-        for part in files.parts(path, 1 << 24):
-            for origin, number, row in part.rows():
-                try:
-                    example = rows.to_example(
-                        row, rows.SHAPES["any"], origin=origin, prompt_id=number
-                    )
-                except rows.BadRow as error:
-                    raise InputError(f"{origin}: {error}") from None
-                problems.append((origin, example.problem))
+        before = len(problems)
+        for origin, _, messages in read_prompts(path):
+            problems.append((origin, messages[-1]["content"]))
+        if len(problems) == before:
+            raise InputError(f"the benchmark file {path} holds no problem")
     return cleaning.Benchmarks(problems, n=ngram, allowed=allowed)
+
+
+def read_prompts(
+    path: str,
+) -> Iterator[tuple[str, Mapping[str, Any], list[dict[str, str]]]]:
+    """Origin, row and messages of each row of a file; an InputError for one that has none."""
+    fields = rows.SHAPES["any"]
+    for part in files.parts(path, 1 << 24):
+        for origin, _, row in part.rows():
+            try:
+                row = rows.from_json(row)
+                messages, _ = rows.read_prompt(row, fields)
+            except rows.BadRow as error:
+                raise InputError(f"{origin}: {error}") from None
+            yield origin, row, messages
 
 
 def clean_part(
@@ -128,6 +141,7 @@ def clean_part(
     fields: rows.Fields,
     config: CleanConfig,
     tokenizer: str,
+    rewards: RewardConfig | None,
 ) -> PartReport:
     """Writes the part's clean samples to output.parquet, then the report to output.json.
 
@@ -139,6 +153,7 @@ def clean_part(
       fields: of its rows.
       config: what is clean.
       tokenizer: its folder.
+      rewards: what an answer must suit; None: anything.
     """
     benchmarks = load_benchmarks(config.benchmarks, config.ngram, config.allowed)
     samples: list[dict[str, Any]] = []
@@ -148,13 +163,14 @@ def clean_part(
         num_rows += 1
         try:
             example = rows.to_example(row, fields, origin=origin, prompt_id=number)
+            check_example(example, kind, rewards)
             samples.append(
                 _sample(example, kind, config, benchmarks, load_tokenizer(tokenizer))
             )
         except rows.BadRow as error:
             report.bad[error.reason] += 1
             if len(report.named) < NAMED:
-                report.named.append(f"{origin}: {error}")
+                report.named.append(f"{origin}: {str(error)[:EXCERPT]}")
         except Unwanted as error:
             report.dropped[error.reason] += 1
             seen = report.examples.setdefault(error.reason, [])
@@ -187,11 +203,11 @@ def _sample(
     tokenizer: tokens.Tokenizer,
 ) -> dict[str, Any]:
     """The example as a row of SCHEMA; BadRow and Unwanted say why not."""
-    if kind == "sft" and example.response is None:
-        raise rows.BadRow("no response to learn from")
-    if kind == "rl" and example.answer is None:
-        raise rows.BadRow("no answer to compare with")
     _check_tests(example, config.min_tests)
+    said = (example.response or "", *(m["content"] for m in example.messages))
+    for marker in tokenizer.markers:
+        if any(marker in text for text in said):
+            raise Unwanted("control token in the text", repr(marker))
     for message in example.messages:
         if message["role"] != "system" and (hit := benchmarks.find(message["content"])):
             passage, problem = hit
@@ -228,7 +244,7 @@ def _sample(
         "data_source": example.source,
         "tokens": np.array(ids, np.int32),
         "prompt_tokens": len(prompt_ids),
-        "num_tokens": len(ids),
+        "num_tokens": len(ids) or len(prompt_ids),
         "num_bytes": len(messages) + len(response) + len(answer) + 3 * len(ids),
         "prompt_hash": prompt_hash,
         "sample_hash": cleaning.text_hash(f"{prompt_hash} {response}"),
@@ -242,6 +258,29 @@ def tokenize(
     """Ids of the prompt, and those that are learnt: of the response and its end."""
     ids = [*tokenizer.encode(response), tokenizer.stop_ids[0]]
     return tokenizer.prompt(messages), ids
+
+
+def check_example(
+    example: rows.Example, kind: str, rewards: RewardConfig | None
+) -> None:
+    """Raises a BadRow for an example that has not what its kind needs, or an answer that no
+    reward can compare with."""
+    if kind == "sft" and example.response is None:
+        raise rows.BadRow("no response to learn from")
+    if kind == "rl" and example.answer is None:
+        raise rows.BadRow("no answer to compare with")
+    if rewards is None or example.answer is None:
+        return
+    try:
+        rewards.kind_of(example.source)
+    except KeyError:
+        raise rows.BadRow(
+            "no reward for its data_source", repr(example.source)
+        ) from None
+    try:
+        routing.ground_truth(rewards, example.source, example.answer, seed="")
+    except InputError as error:
+        raise rows.BadRow("the answer is no tests", str(error)) from None
 
 
 def _check_tests(example: rows.Example, min_tests: int) -> None:
