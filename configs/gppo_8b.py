@@ -13,7 +13,8 @@ AIME 2024 83.2, AIME 2025 75.6, HMMT 2025 60.3 (with 64K and YaRN: 90.5, 83.2, 7
 
 Data: Kwai-Klear/KlearReasoner-MathSub-30K, the published part of the authors' 88K problems,
 as parquet or JSON lines; or JSON lines of your own, with `prompt` (text, or {role, content}
-messages: the bare problem) and `answer`. A row's data_source decides on its reward.
+messages: the bare problem) and `answer`. A row's data_source decides on its reward. Or what
+`prepare_data --config=configs/data/rl_math.py` makes of them: its folder, split 'train'.
 
 Sources: [P] the paper, arXiv 2508.07629; [R] the authors' recipe, in their repository
 Kwai-Klear/KlearReasoner recipe/dapo/perf_run_dapo_ours_math.sh and what it calls; [ours].

@@ -32,6 +32,7 @@ from klear_jax import (
     steps,
     train,
 )
+from klear_jax.data import prepare
 from klear_jax.errors import InputError
 from klear_jax.rewards import routing
 from klear_jax.sharding import Layout, make_mesh
@@ -39,6 +40,7 @@ from klear_jax.sharding import Layout, make_mesh
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "sections")
 GPPO = [name for name in NAMES if name.startswith("gppo")]
+SFT = [name for name in NAMES if name.startswith("sft")]
 ROW = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32}
 SFT_ROW = ROW | {"weight": jnp.float32}
 GPPO_ROW = SFT_ROW | dict.fromkeys(
@@ -119,10 +121,14 @@ def test_get_config_gives_a_new_one(name):
 def test_tasks_and_workdirs(name):
     task, c = parse(name)
     assert task == name.split("_")[0]
-    workdirs = {"gppo_smollm2": "runs/smollm2/gppo"}
+    workdirs = {
+        "gppo_smollm2": "runs/smollm2/gppo",
+        "sft_smollm2": "runs/gsm_symbolic/run",
+    }
     assert c.workdir == workdirs.get(name, f"runs/{name}")
     follows = {
         "gppo_smollm2": "runs/smollm2/model",
+        "sft_smollm2": "runs/smollm2/model",
         "gppo_code_tiny": "runs/sft_code_tiny",
         "gppo_tiny": "runs/sft_tiny",
         "gppo_8b": "runs/sft_8b",
@@ -389,13 +395,19 @@ def lower_train_step(c, layout, size, row):
     return set(metrics)
 
 
-@pytest.mark.parametrize("name", ["sft_tiny", "sft_code_tiny", "sft_8b"])
+@pytest.mark.parametrize("name", SFT)
 def test_sft_programs(name):
     _, c = parse(name)
     layout = make_layout(c)
     size = (c.batch_rows // c.micro_rows, c.micro_rows, c.data.row_tokens)
     metrics = lower_train_step(c, layout, size, SFT_ROW)
     assert metrics == UPDATE | {"tokens", "tokens_likely", "tokens_real"}
+    state, shardings = abstract_state(c, layout)
+    validate = steps.compile_score_step(
+        sft.loss_step(c, layout), layout, shardings.params
+    )
+    found = validate.lower(state.params, shapes(size, SFT_ROW), 1).out_info
+    assert set(found) == {"loss", "tokens", "tokens_likely", "tokens_real"}
 
 
 @pytest.mark.parametrize("name", GPPO)
@@ -591,3 +603,23 @@ def test_meshes_that_do_not_fit_are_refused(changes, says):
         qwen3.params_shardings(c.model, layout)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (FOLDER / "data").glob("*.py")))
+def test_configs_of_data(name):
+    """Their keys are those of PrepareConfig, and their values are allowed."""
+    values = get(f"data.{name}").to_dict()
+    known = set(fields(prepare.PrepareConfig))
+    assert set(leaves(values, known)) == known
+    c = config.build(prepare.PrepareConfig, values)
+    reader = {"sft": "sft_8b", "gsm_symbolic": "sft_smollm2"}.get(name)
+    if reader:  # The authors' RL data may be trained on as they are published.
+        assert get(reader).data.path == f"{c.output}/{c.name}/{c.version}"
+
+
+def test_numbers_of_data():
+    c = config.build(prepare.PrepareConfig, get("data.sft").to_dict())
+    assert (c.clean.ngram, c.clean.allowed, c.clean.max_tokens) == (9, (), 32_768)
+    assert (c.choose.judge, c.choose.responses_per_prompt) == (False, 16)
+    c = config.build(prepare.PrepareConfig, get("data.rl_code").to_dict())
+    assert (c.clean.min_tests, c.clean.ngram) == (16, 9)

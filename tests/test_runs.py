@@ -198,13 +198,13 @@ def test_sft_of_prepared_data(prepared, data, tmp_path, monkeypatch):
     config.data.path, config.data.split = str(prepared), "train"
     config.data.prefetch, config.data.streams = 3, 2
     config.batch_rows = config.micro_rows = 16
-    config.num_steps, config.num_epochs = 0, 0.87
+    config.num_steps, config.num_epochs = 0, 0.75
     config.validation.split, config.validation.every = "validation", 2
     config.validation.batches = 1
     start(config, tmp_path / "whole")
     lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
     assert len(lines) == 6
-    assert lines[-1]["epoch"] == pytest.approx(0.87, rel=0.1)
+    assert lines[-1]["epoch"] == pytest.approx(0.75, rel=0.1)
     assert [line["step"] for line in lines if "validation/loss" in line] == [1, 3, 5]
     losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
     assert losses == sorted(losses, reverse=True)

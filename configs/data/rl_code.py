@@ -1,4 +1,4 @@
-"""KlearReasoner-CodeSub-15K, as published -> the data set of configs/gppo_code_8b.py.
+"""KlearReasoner-CodeSub-15K, as published -> a data set for configs/gppo_code_8b.py.
 
     python -m klear_jax.prepare_data --config=configs/data/rl_code.py
 

@@ -1,6 +1,10 @@
-"""KlearReasoner-MathSub-30K, as published -> the data set of configs/gppo_8b.py.
+"""KlearReasoner-MathSub-30K, as published -> a data set for configs/gppo_8b.py.
 
     python -m klear_jax.prepare_data --config=configs/data/rl_math.py
+    python -m klear_jax.train --config=configs/gppo_8b.py \\
+        --config.data.path=data/klear_rl_math/1.0.0 --config.data.split=train
+
+without duplicates, and without what benchmarks hold; it can be trained on as published, too.
 
 To choose by your own model's pass rates, as the paper did by DeepSeek-R1's: write samples by
 
