@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.split = "train"
     c.data.row_tokens = 512
     c.batch_rows = 8  # About 18 problems.
-    c.micro_rows = 4
+    c.micro_rows = 8
     c.num_steps = 60  # Of about 27 s each.
 
     c.optim.peak_lr = 5e-5
