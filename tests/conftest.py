@@ -15,3 +15,8 @@ hypothesis.settings.register_profile(
     "reproducible", derandomize=True, database=None, deadline=None
 )
 hypothesis.settings.load_profile("reproducible")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: the others are done meanwhile, in another process."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
