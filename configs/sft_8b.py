@@ -61,9 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.batch_rows = 128  # [ours]
     # Rows of one forward and backward pass, over all devices: a multiple of data x fsdp.
     c.micro_rows = 16  # [ours] Memory only; on 64 chips, a row for each 4.
-    c.num_steps = (
-        0  # [ours] Updates; 0: as many as num_epochs take, with rows 98% full.
-    )
+    c.num_steps = 0  # [ours] Updates; 0: as many as num_epochs take.
     # Passes through the data: 14,600 updates for 1.5M samples of 10,000 tokens each.
     c.num_epochs = 4.0  # [P]
 

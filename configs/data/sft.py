@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.choose.validation_percent = 0.1  # [ours] Of the prompts.
     c.rewards = sections.rewards(num_workers=8)  # [ours] Where choose.judge is set.
 
-    c.num_workers = 0  # Processes; 0: one for each core. Each takes about 1 GB.
+    c.num_workers = 0  # Processes; 0: one for each core. Each takes about 0.5 GB.
     c.part_mb = 16  # [ours] MiB of raw rows that are read, and done, at once.
     c.shard_mb = 256  # [ours] MiB of a file of the data set, before compression.
     return c

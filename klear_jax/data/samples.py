@@ -142,7 +142,7 @@ def clean_part(
     config: CleanConfig,
     tokenizer: str,
     rewards: RewardConfig | None,
-) -> PartReport:
+) -> None:
     """Writes the part's clean samples to output.parquet, then the report to output.json.
 
     Args:
@@ -185,7 +185,6 @@ def clean_part(
     )
     text = json.dumps(vars(report))
     put(output.with_suffix(".json"), lambda path: path.write_text(text))
-    return report
 
 
 def put(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
