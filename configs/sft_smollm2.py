@@ -25,17 +25,17 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.row_tokens = 512
     c.batch_rows = 8  # About 18 problems.
     c.micro_rows = 8
-    c.num_steps = 60  # Of about 30 s each.
+    c.num_steps = 120  # Of about 30 s each.
 
-    c.optim.peak_lr = 5e-5
-    c.optim.end_lr = 1e-5
+    c.optim.peak_lr = 2e-4
+    c.optim.end_lr = 2e-5
     c.optim.decay = "cosine"
     c.optim.decay_start = 0.0
     c.optim.warmup_steps = 10
     c.optim.warmup_from = 0.1
 
     c.validation.split = "validation"
-    c.validation.every = 15
+    c.validation.every = 20
     c.validation.batches = 2
 
     c.sampler = sections.sampler(
