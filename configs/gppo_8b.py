@@ -102,7 +102,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.num_samples = 32  # [P] Fig. 2a; Table 1 has 64.
     c.evaluation.every = 5  # [R] Rollout batches.
 
-    c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 5  # [R] Rollout batches; the last is always saved.
-    c.checkpoint.keep = 2  # [ours] The newest ones, 98 GB each.
+    c.checkpoint = sections.checkpoint(every=5, keep=2)  # [R] [ours] 98 GB each.
     return c

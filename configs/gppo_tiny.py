@@ -74,7 +74,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.clip_norm = 1.0
 
     c.evaluation = sft.evaluation
-    c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 20  # Rollout batches; the last is always saved.
-    c.checkpoint.keep = 2
+    c.checkpoint = sections.checkpoint(every=20, keep=2)
     return c

@@ -110,7 +110,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.kinds = sections.benchmark_kinds()  # [R] [P]
     c.evaluation.every = 0  # [ours] Steps between evaluations during training; 0: none.
 
-    c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 500  # [ours] Steps; the last step is always saved.
-    c.checkpoint.keep = 2  # [ours] The newest ones, 98 GB each.
+    c.checkpoint = sections.checkpoint(every=500, keep=2)  # [ours] 98 GB each.
     return c

@@ -106,7 +106,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.kinds = ml_collections.ConfigDict()  # Scored as in training.
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.
 
-    c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 200  # Steps; the last step is always saved.
-    c.checkpoint.keep = 2  # The newest ones.
+    c.checkpoint = sections.checkpoint(every=200, keep=2)
     return c

@@ -112,6 +112,40 @@ def make_rows(
     }
 
 
+def score_groups(
+    rollout: Rollout,
+    chosen: np.ndarray,
+    rows: dict[str, np.ndarray],
+    waiting: Mapping[int, OpenGroup],
+    going_on: Sequence[OpenGroup],
+    score: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    row_tokens: int,
+) -> tuple[list[OpenGroup], list[OpenGroup]]:
+    """Scores what a step has drawn, before its first update: the chosen `rows`, which get
+    old_logp, and the groups that the next step will use.
+
+    Args:
+        waiting: groups of the rollout, by their index.
+        score: rows (as `lay_out`) -> the policy's log-probs [B, T], `earlier_logp` kept.
+
+    Returns:
+        The groups of the rollout with the old log-probs of all that will be trained on, and
+        those for the next step: waiting, then going on.
+    """
+    rows["old_logp"] = score(rows)
+    old_logp = list(rollout.old_logp)
+    for b, logp_T, mask_T in zip(chosen, rows["old_logp"], rows["mask"], strict=True):
+        old_logp[b] = logp_T[mask_T != 0]
+    later = score_open([*waiting.values(), *going_on], score, row_tokens)
+    scored = dict(zip(waiting, later, strict=False))
+    complete = []
+    for g, open_ in enumerate(rollout.groups):
+        mine = [old_logp[b] for b in np.flatnonzero(rollout.group_B == g)]
+        mine = scored[g].old_logp if g in scored else mine
+        complete.append(dataclasses.replace(open_, old_logp=mine))
+    return complete, later
+
+
 def score_open(
     groups: Sequence[OpenGroup],
     score: Callable[[Mapping[str, np.ndarray]], np.ndarray],

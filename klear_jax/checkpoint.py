@@ -1,14 +1,23 @@
 """Checkpoints of a run, and models from wherever they lie. The only file that knows orbax.
 
-One checkpoint holds parameters, optimizer and step, the position in the data, and the
-samples that the next step goes on with; all randomness is a function of the seed and the
-step. It is named by the steps of the loop that are done. It can be read on another mesh,
-and by another number of processes.
+One checkpoint holds the run: parameters, optimizer and step, the position in the data, how
+far the next step has come (its samples, rewards and updates), config and versions; all
+randomness is a function of the seed and the step. It can be read on another mesh, and by
+another number of processes.
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import platform
+import time
+import types
+import zlib
+from collections.abc import Mapping
+from concurrent import futures
 from typing import Any, Protocol
 
 import jax
@@ -39,15 +48,24 @@ MAY_CHANGE = tuple(
     )
 )
 
+BETWEEN, WITHIN = "checkpoints", "preempted"  # Steps of the loop; folders of a workdir.
+DIGESTS = (
+    "digests.{}.json"  # In a checkpoint, by the process that has read the files back.
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int  # Steps of the loop between checkpoints; the last step is always saved.
     keep: int  # Newest ones kept.
+    keep_best: str  # A metric; where it was highest is kept as well. '': none.
+    grace_s: float  # Seconds that a preempted run takes at most, to save and end.
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise InputError("checkpoint.every and checkpoint.keep must be at least 1")
+        if not self.grace_s > 0:
+            raise InputError("checkpoint.grace_s must be positive")
 
 
 class Data(Protocol):
@@ -100,58 +118,172 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: written in the background, each whole or not there."""
+    """The checkpoints of a workdir: written in the background, each whole or not there, and
+    read back. Opened, it holds the newest that is not damaged.
 
-    def __init__(self, workdir: str | epath.Path, config: CheckpointConfig):
-        self._manager = ocp.CheckpointManager(
-            _absolute(workdir) / "checkpoints",
+    `checkpoints/` has those between steps of the loop, by the number of steps done;
+    `preempted/` has at most one, from within a step.
+    """
+
+    def __init__(self, workdir: str | epath.Path, config: CheckpointConfig, run: Any):
+        """
+        Args:
+            run: the config of the loop, a dataclass, to be kept with each checkpoint.
+        """
+        self._workdir = _absolute(workdir)
+        self._config = config
+        self._about = _about(run)
+        set_aside_damaged(self._workdir)
+        keep_best = ocp.checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[config.keep_best],
+            n=1 if config.keep_best else 0,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._between = ocp.CheckpointManager(
+            self._workdir / BETWEEN,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep, enable_async_checkpointing=True
+                best_fn=keep_best.get_metric_fn if config.keep_best else None,
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+                    [ocp.checkpoint_managers.LatestN(config.keep), keep_best]
+                ),
             ),
         )
-        self._every = config.every
+        self._within = ocp.CheckpointManager(
+            self._workdir / WITHIN, options=ocp.CheckpointManagerOptions(max_to_keep=1)
+        )
+        self._behind = futures.ThreadPoolExecutor(1)
+        self._reading_back: futures.Future[None] | None = None
 
     @property
     def steps_done(self) -> int:
         """Steps that the newest checkpoint holds; 0 without one."""
-        return self._manager.latest_step() or 0
+        _, _, steps_done = self._newest()
+        return steps_done
+
+    def _newest(self) -> tuple[ocp.CheckpointManager, int, int]:
+        """Where the newest checkpoint is, its number there, and the steps it holds."""
+        between = self._between.latest_step() or 0
+        number = self._within.latest_step()
+        if number is not None:
+            steps_done = self._read(self._within, number, "about")["steps_done"]
+            if steps_done >= between:
+                return self._within, number, steps_done
+        return self._between, between, between
 
     def due(self, steps_done: int) -> bool:
-        return steps_done % self._every == 0
+        return steps_done % self._config.every == 0
 
     def save(
         self,
         steps_done: int,
         state: steps.TrainState,
         data: Data,
-        pending: Sequence[Mapping[str, Any]] = (),
+        under_way: Any,
+        metrics: Mapping[str, float] = types.MappingProxyType({}),
     ) -> None:
-        """Returns once the state is copied; writing goes on behind.
+        """Returns once the state is copied; writing and reading back go on behind.
 
         Args:
-            pending: samples under way, as JSON.
+            under_way: what the next step goes on with, as JSON.
+            metrics: of the last step, in which `keep_best` may be.
         """
-        self._manager.save(
-            steps_done,
+        self._wait()
+        if self._newest()[0] is self._between:  # Within an earlier step.
+            for number in self._within.all_steps():
+                self._within.delete(number)
+        name = self._config.keep_best
+        best = {name: metrics.get(name, -math.inf)} if name else None
+        self._save(self._between, steps_done, steps_done, state, data, under_way, best)
+
+    def save_preempted(
+        self, steps_done: int, state: steps.TrainState, data: Data, under_way: Any
+    ) -> None:
+        """Saves within a step, and returns when that is written and read back.
+
+        Args:
+            steps_done: whole steps.
+            under_way: how far the next one has come, as JSON.
+        """
+        number = (self._within.latest_step() or 0) + 1
+        self._save(self._within, number, steps_done, state, data, under_way)
+        self._wait()
+
+    def _save(
+        self,
+        manager: ocp.CheckpointManager,
+        number: int,
+        steps_done: int,
+        state: steps.TrainState,
+        data: Data,
+        under_way: Any,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        start = time.monotonic()
+        self._wait()
+        manager.save(
+            number,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
                 data=ocp.args.JsonSave({"position": data.get_state()}),
-                pending=ocp.args.JsonSave({"groups": list(pending)}),
+                under_way=ocp.args.JsonSave({"step": under_way}),
+                about=ocp.args.JsonSave(self._about | {"steps_done": steps_done}),
             ),
+            metrics=metrics,
+        )
+        taken = time.monotonic() - start
+        self._reading_back = self._behind.submit(
+            self._read_back, manager, number, steps_done, start, taken
         )
 
-    def pending(self) -> list[dict[str, Any]]:
-        """The samples under way of the newest checkpoint; none without one."""
-        if not self.steps_done:
-            return []
-        args = ocp.args.Composite(pending=ocp.args.JsonRestore())
-        return self._manager.restore(self.steps_done, args=args).pending["groups"]
+    def _wait(self) -> None:
+        """Until the last save is written and read back; raises what went wrong with it."""
+        if self._reading_back is not None:
+            self._reading_back.result()
+
+    def _read_back(
+        self,
+        manager: ocp.CheckpointManager,
+        number: int,
+        steps_done: int,
+        start: float,
+        taken: float,
+    ) -> None:
+        manager.wait_until_finished()
+        num_bytes = write_digests(epath.Path(manager.directory) / str(number))
+        logging.getLogger(__name__).info(
+            "checkpoint of %d steps: %.3g MB by this process, %.2f s of the loop, written "
+            "and read back after %.1f s",
+            steps_done,
+            num_bytes / 1e6,
+            taken,
+            time.monotonic() - start,
+        )
+
+    def _read(self, manager: ocp.CheckpointManager, number: int, item: str) -> Any:
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        return manager.restore(number, args=args)[item]
+
+    def under_way(self) -> Any:
+        """What the step after the newest checkpoint goes on with; None without one."""
+        manager, number, _ = self._newest()
+        if not number:
+            return None
+        return self._read(manager, number, "under_way")["step"]
 
     def restore(self, abstract: steps.TrainState, data: Data) -> steps.TrainState:
         """The newest state, placed as `abstract` says; moves `data` to its position."""
-        restored = self._manager.restore(
-            self.steps_done,
+        manager, number, _ = self._newest()
+        about = self._read(manager, number, "about")
+        changed = differences(about["versions"], self._about["versions"], "version of")
+        if changed:
+            logging.getLogger(__name__).warning(
+                "the checkpoint is from other software (%s): the run is the same up to "
+                "rounding",
+                "; ".join(changed),
+            )
+        restored = manager.restore(
+            number,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
                 optimizer=ocp.args.StandardRestore(_optimizer_tree(abstract)),
@@ -164,9 +296,124 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type | None, *exc_info: object) -> None:
+        try:
+            self._wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            logging.getLogger(__name__).error("the last checkpoint failed: %s", error)
+        self._behind.shutdown()
+        for manager in (self._between, self._within):
+            manager.close()
+
+
+def _about(run: Any) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from."""
+    config = dataclasses.asdict(run)
+    text = json.dumps(config, sort_keys=True)
+    packages = ("klear_jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "config": config,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    }
+
+
+def write_digests(folder: epath.Path) -> int:
+    """Reads a checkpoint, and records size and CRC-32 of its files in it; each process those
+    of its share. Returns the bytes read."""
+    names = _files(folder)[hosts.index() :: hosts.count()]
+    digests = {name: _digest(folder / name) for name in names}
+    file = folder / DIGESTS.format(hosts.index())
+    unfinished = folder / f"{file.name}.unfinished"
+    unfinished.write_text(json.dumps(digests))
+    unfinished.rename(file)
+    return sum(size for size, _ in digests.values())
+
+
+def damage(folder: epath.Path) -> str:
+    """What of a checkpoint is not as it was written; '' if all is. Each process looks at its
+    share, and all say the same."""
+    recorded: dict[str, Any] = {}
+    try:
+        for file in sorted(folder.glob(DIGESTS.format("*"))):
+            recorded |= json.loads(file.read_text())
+        found = [
+            f"{name} is damaged"
+            for name in sorted(recorded)[hosts.index() :: hosts.count()]
+            if not (folder / name).exists()
+            or list(_digest(folder / name)) != recorded[name]
+        ]
+    except (OSError, ValueError) as error:
+        found = [str(error)]
+    return "; ".join(text for texts in hosts.gather(found) for text in texts)
+
+
+def set_aside_damaged(workdir: epath.Path) -> None:
+    """Moves checkpoints that are damaged to `damaged/`, from the newest back to the first
+    that is not.
+
+    Raises:
+        InputError: none is left: the run would begin anew.
+    """
+    aside, left = workdir / "damaged", False
+    for name in (BETWEEN, WITHIN):
+        for folder in reversed(hosts.gather(_numbered(workdir / name))[0]):
+            what = damage(workdir / name / folder)
+            if not what:
+                left = True
+                break
+            logging.getLogger(__name__).error(
+                "DAMAGED CHECKPOINT %s: %s. It is set aside in %s; the newest that is whole "
+                "is used",
+                workdir / name / folder,
+                what,
+                aside,
+            )
+            if hosts.first():
+                aside.mkdir(parents=True, exist_ok=True)
+                tries = sum(1 for _ in aside.glob(f"{name}_{folder}_*"))
+                target = aside / f"{name}_{folder}_{tries}"
+                (workdir / name / folder).rename(target)
+            hosts.gather(None)
+    if not left and hosts.gather(aside.exists())[0]:
+        raise InputError(
+            f"all checkpoints of {workdir} are damaged, see {aside}; to begin anew, give "
+            "another workdir"
+        )
+
+
+def _numbered(folder: epath.Path) -> list[str]:
+    """Names of the finished checkpoints there, the oldest first: one that is being written
+    has a longer name."""
+    if not folder.exists():
+        return []
+    names = [path.name for path in folder.iterdir()]
+    return sorted((name for name in names if name.isdigit()), key=int)
+
+
+def _files(folder: epath.Path, prefix: str = "") -> list[str]:
+    """Paths of the files in a checkpoint, from its folder, but for the digests."""
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            found += _files(path, f"{prefix}{path.name}/")
+        elif not path.name.startswith("digests."):
+            found.append(prefix + path.name)
+    return sorted(found)
+
+
+def _digest(path: epath.Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
 
 
 def _optimizer_tree(state: steps.TrainState) -> dict[str, Any]:
@@ -212,13 +459,15 @@ def train_state(
 def model_folder(path: str | epath.Path) -> epath.Path:
     """Where config.json and the tokenizer of a Hugging Face folder or a workdir lie."""
     path = epath.Path(path)
-    for folder in (path, path / "model"):
+    workdir = path.parent.parent if _is_checkpoint(path) else path
+    for folder in (workdir, workdir / "model"):
         if (folder / "config.json").exists() and (
-            folder != path or not is_workdir(path)
+            folder != workdir or not is_workdir(workdir)
         ):
             return folder
     raise InputError(
-        f"{path} is neither a Hugging Face folder nor the workdir of a run"
+        f"{path} is neither a Hugging Face folder nor the workdir of a run, nor one of its "
+        "checkpoints"
     )
 
 
@@ -230,15 +479,16 @@ def check_model(path: str | epath.Path, config: qwen3.Config) -> None:
         raise InputError(
             f"init_from={path} holds {found}, but config.model says {config}"
         )
-    # One that is being written has a longer name.
-    if is_workdir(path) and not any(
-        folder.name.isdigit() for folder in (epath.Path(path) / "checkpoints").iterdir()
-    ):
+    if is_workdir(path) and not _numbered(epath.Path(path) / BETWEEN):
         raise InputError(f"{path} has no finished checkpoint")
 
 
 def is_workdir(path: str | epath.Path) -> bool:
-    return (epath.Path(path) / "checkpoints").exists()
+    return (epath.Path(path) / BETWEEN).exists()
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    return path.parent.name == BETWEEN and path.name.isdigit()
 
 
 def load_model(
@@ -247,26 +497,39 @@ def load_model(
     """float32 parameters and their architecture.
 
     Args:
-        path: a Hugging Face folder, or a workdir, of which the newest checkpoint is read.
+        path: a Hugging Face folder, a workdir, of which the newest checkpoint that is not
+            damaged is read, or one of its checkpoints/NUMBER.
         layout: where to place them: each process reads only what lies on its devices. None:
             in host memory.
     """
     path = epath.Path(path)
-    if not is_workdir(path):
+    if not is_workdir(path) and not _is_checkpoint(path):
         return hf_weights.load(model_folder(path), dtype=jnp.float32, layout=layout)
     config = hf_weights.read_config(model_folder(path))
     abstract = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
     if layout is not None:
         abstract = _placed(abstract, qwen3.params_shardings(config, layout))
-    with ocp.CheckpointManager(_absolute(path) / "checkpoints") as manager:
-        if manager.latest_step() is None:
-            raise InputError(f"{path} has no finished checkpoint")
+    folder = path if _is_checkpoint(path) else _newest_undamaged(path)
+    with ocp.CheckpointManager(_absolute(folder.parent)) as manager:
         restored = manager.restore(
-            manager.latest_step(),
+            int(folder.name),
             args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
         )
     params = restored.params if layout else jax.device_get(restored.params)
     return params, config
+
+
+def _newest_undamaged(workdir: epath.Path) -> epath.Path:
+    for name in reversed(hosts.gather(_numbered(workdir / BETWEEN))[0]):
+        what = damage(workdir / BETWEEN / name)
+        if not what:
+            return workdir / BETWEEN / name
+        logging.getLogger(__name__).error(
+            "DAMAGED CHECKPOINT %s: %s. The one before it is used",
+            workdir / BETWEEN / name,
+            what,
+        )
+    raise InputError(f"{workdir} has no finished checkpoint that is whole")
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

@@ -24,7 +24,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from klear_jax import hosts
+from klear_jax import hosts, preemption
 from klear_jax.errors import InputError
 
 CONFIG_FILE = (
@@ -47,6 +47,10 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     ours.propagate = False
     try:
         main(sys.argv)
+    except preemption.Preempted:
+        if hosts.first():
+            print("preempted, and saved: the same command goes on", file=sys.stderr)
+        sys.exit(preemption.EXIT_CODE)
     except Exception as error:
         if jax.distributed.is_initialized():
             hosts.fail(error)

@@ -6,7 +6,8 @@ Source: Klear-Reasoner (arXiv 2508.07629); every number has its own in the confi
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -23,6 +24,7 @@ from klear_jax import (
     losses,
     metrics,
     optim,
+    preemption,
     qwen3,
     rollout,
     sampler,
@@ -213,8 +215,53 @@ def read_inputs(config: GppoConfig, pool: Pool) -> Inputs:
     return Inputs(layout, tokenizer, prompts, problems)
 
 
+@dataclasses.dataclass
+class UnderWay:
+    """How far a step has come, as a checkpoint holds it. Between steps, it is what the next
+    one goes on with."""
+
+    going_on: list[rollout.OpenGroup]  # Of earlier steps, and of a batch being drawn.
+    complete: list[rollout.OpenGroup]
+    batches: int  # Of prompts, begun.
+    drawing: bool  # The last of them is not complete.
+    counts: list[dict[str, float]]  # Of the sampler, for each batch.
+    updates: list[dict[str, np.ndarray]]  # The metrics of those done, float32.
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(
+            dataclasses.replace(self, going_on=[], complete=[], updates=[])
+        ) | {
+            "going_on": rollout.to_json(self.going_on),
+            "complete": rollout.to_json(self.complete),
+            "updates": [
+                {name: np.float32(x).tolist() for name, x in update.items()}
+                for update in jax.device_get(self.updates)
+            ],
+        }
+
+
+def begin_step(going_on: list[rollout.OpenGroup]) -> UnderWay:
+    return UnderWay(going_on, [], 0, False, [], [])
+
+
+def from_json(found: dict[str, Any] | None) -> UnderWay:
+    """What `UnderWay.to_json` returned; None: the run begins."""
+    if found is None:
+        return begin_step([])
+    groups = {name: rollout.from_json(found[name]) for name in ("going_on", "complete")}
+    updates = [
+        {name: np.float32(x) for name, x in update.items()}
+        for update in found["updates"]
+    ]
+    return UnderWay(**found | groups | {"updates": updates})
+
+
 def run(config: GppoConfig) -> None:
-    """Trains to the last step, from where the workdir's newest checkpoint stands."""
+    """Trains to the last step, from where the workdir's newest checkpoint stands.
+
+    Raises:
+        preemption.Preempted: the run was told to end, and has saved how far it came.
+    """
     with routing.make_pool(config.rewards) as pool:
         inputs = read_inputs(config, pool)
         checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
@@ -225,9 +272,12 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
     """The loop."""
     layout, tokenizer = inputs.layout, inputs.tokenizer
     with (
-        checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
+        checkpoint.Checkpoints(
+            config.workdir, config.checkpoint, config
+        ) as checkpoints,
         metrics.Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
         metrics.Compilations() as compilations,
+        preemption.watch(config.checkpoint.grace_s),
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
@@ -243,7 +293,7 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
         score = steps.compile_score_step(
             score_step(config, layout), layout, shardings.params
         )
-        going_on = rollout.from_json(checkpoints.pending())
+        under_way = from_json(checkpoints.under_way())
         warm_up(state.params, config, tokenizer, layout)
         bar = tqdm.trange(
             first,
@@ -254,96 +304,153 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
             disable=not hosts.first(),
         )
         watch = metrics.Stopwatch()
-        for step in bar:
-            with watch.phase("sample"):
-                samples, (chosen, surplus), going_on, counts = sample(
-                    state.params, going_on, step, pool, config, inputs
-                )
-                rows = batch.make_rows(samples, chosen, config.rollout)
-                waiting = rollout.waiting(samples, surplus, config.rollout)
-                going_on = [*waiting.values(), *going_on]
-            with watch.phase("score"):
-                policy = functools.partial(
-                    old_logprobs, score, config, layout, state.params
-                )
-                rows["old_logp"] = policy(rows)
-                going_on = batch.score_open(going_on, policy, config.rollout.row_tokens)
-            with watch.phase("update"):
-                rate = optim.learning_rate(config.optim, step, config.num_steps)
-                minis = batch.mini_batches(
-                    rows,
-                    samples.group_B[chosen],
-                    samples.reward_B[chosen] == config.rewards.full_credit,
-                    prompts=config.minibatch_prompts,
-                    aggregation=config.loss.aggregation,
-                    norm_tokens=config.rollout.max_new_tokens,
-                )
-                state, found = learn(update, state, minis, rate, config, layout)
-            share = {  # All processes have all rows.
-                name: x[hosts.index() :: hosts.count()] for name, x in rows.items()
-            }
-            for one in found:
-                metrics.require_finite(one, share, config.workdir, step)
-            values = {
-                **batch.sample_metrics(samples, chosen, config.rewards, step),
-                **batch.logprob_gap(rows, config.rollout.temperature),
-                **metrics.of_updates(found),
-                **metrics.of_sampler(counts),
-                "samples/groups_surplus": len(surplus),
-                "samples/groups_dropped": len(surplus) - len(waiting),
-                "samples/groups_going_on": len(going_on),
-                "learning_rate": rate,
-            }
-            if config.evaluation.due(step + 1):
-                with watch.phase("evaluate"):
-                    values |= evaluate.during_training(
-                        state.params, inputs.problems, tokenizer, pool, config, layout
+        try:
+            for step in bar:
+                preemption.check()
+                with watch.phase("sample"):
+                    samples, (chosen, surplus) = sample(
+                        state.params, under_way, step, pool, config, inputs
                     )
-            if found:  # A step with an update has needed all programs that there are.
-                compilations.close()
-            values["compilations/unplanned"] = compilations.unplanned
-            writer.write(step, values | watch.lap())
-            writer.write_samples(
-                step, batch.sample_rows(samples, chosen, rows, waiting)
-            )
-            bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
-            if checkpoints.due(step + 1) or step + 1 == config.num_steps:
-                pending = rollout.to_json(going_on)
-                with compilations.open_again():  # orbax cuts what is replicated.
-                    checkpoints.save(step + 1, state, inputs.prompts, pending)
-                writer.publish()
+                    rows = batch.make_rows(samples, chosen, config.rollout)
+                    waiting = rollout.waiting(samples, surplus, config.rollout)
+                with watch.phase("score"):
+                    under_way.complete, later = batch.score_groups(
+                        samples,
+                        chosen,
+                        rows,
+                        waiting,
+                        under_way.going_on,
+                        functools.partial(
+                            old_logprobs, score, config, layout, state.params
+                        ),
+                        config.rollout.row_tokens,
+                    )
+                    under_way.going_on = later[len(waiting) :]
+                with watch.phase("update"):
+                    rate = optim.learning_rate(config.optim, step, config.num_steps)
+                    minis = batch.mini_batches(
+                        rows,
+                        samples.group_B[chosen],
+                        samples.reward_B[chosen] == config.rewards.full_credit,
+                        prompts=config.minibatch_prompts,
+                        aggregation=config.loss.aggregation,
+                        norm_tokens=config.rollout.max_new_tokens,
+                    )
+                    left = itertools.islice(minis, len(under_way.updates), None)
+                    for after, one in learn(update, state, left, rate, config, layout):
+                        state = after
+                        under_way.updates.append(one)
+                    # The host reads none before all are under way.
+                    found = jax.device_get(under_way.updates)
+                share = {  # All processes have all rows.
+                    name: x[hosts.index() :: hosts.count()] for name, x in rows.items()
+                }
+                for one in found:
+                    metrics.require_finite(one, share, config.workdir, step)
+                values = {
+                    **batch.sample_metrics(samples, chosen, config.rewards, step),
+                    **batch.logprob_gap(rows, config.rollout.temperature),
+                    **metrics.of_updates(found),
+                    **metrics.of_sampler(under_way.counts),
+                    "samples/groups_surplus": len(surplus),
+                    "samples/groups_dropped": len(surplus) - len(waiting),
+                    "samples/groups_going_on": len(later),
+                    "learning_rate": rate,
+                }
+                if config.evaluation.due(step + 1):
+                    with watch.phase("evaluate"):
+                        values |= evaluate.during_training(
+                            state.params,
+                            inputs.problems,
+                            tokenizer,
+                            pool,
+                            config,
+                            layout,
+                        )
+                if (
+                    found
+                ):  # A step with an update has needed all programs that there are.
+                    compilations.close()
+                values["compilations/unplanned"] = compilations.unplanned
+                writer.write(step, values | watch.lap())
+                writer.write_samples(
+                    step, batch.sample_rows(samples, chosen, rows, waiting)
+                )
+                bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
+                under_way = begin_step(later)
+                if checkpoints.due(step + 1) or step + 1 == config.num_steps:
+                    writer.publish()  # First: what a checkpoint holds is not written again.
+                    with compilations.open_again():  # orbax cuts what is replicated.
+                        checkpoints.save(
+                            step + 1,
+                            state,
+                            inputs.prompts,
+                            under_way.to_json(),
+                            values,
+                        )
+        except preemption.Preempted:
+            writer.publish()
+            with compilations.open_again():
+                checkpoints.save_preempted(
+                    step, state, inputs.prompts, under_way.to_json()
+                )
+            raise
 
 
 def sample(
     params: qwen3.Params,
-    going_on: Sequence[rollout.OpenGroup],
+    under_way: UnderWay,
     step: int,
     pool: Pool,
     config: GppoConfig,
     inputs: Inputs,
-) -> tuple[
-    rollout.Rollout,
-    tuple[np.ndarray, list[int]],
-    list[rollout.OpenGroup],
-    list[dict[str, float]],
-]:
+) -> tuple[rollout.Rollout, tuple[np.ndarray, list[int]]]:
     """Draws and scores batches of prompts until enough groups teach something, or there
-    have been `max_batches`.
+    have been `max_batches`; goes on with a step that was cut off.
 
     Args:
-        going_on: groups from earlier steps.
+        under_way: the step so far; what is drawn goes there.
 
     Returns:
-        The complete groups, what `batch.select` chose of them, those that go on, and the
-        counts of the sampler of each batch.
+        The complete groups, and what `batch.select` chose of them.
 
     Raises:
         InputError: the reward fails on every sample.
+        preemption.Preempted: the run is to end.
     """
-    c, complete, counts = config.rollout, [], []
-    for number in range(c.max_batches):
+    c = config.rollout
+    while True:
+        if under_way.batches and not under_way.drawing:
+            samples = rollout.flatten(
+                under_way.complete,
+                inputs.tokenizer,
+                config.rewards.full_credit,
+                overlong_tokens=c.overlong_tokens,
+                overlong_penalty=c.overlong_penalty,
+            )
+            selected = batch.select(samples, c)
+            enough = len(np.unique(samples.group_B[selected[0]])) == c.max_groups
+            if enough or under_way.batches == c.max_batches:
+                break
+        draw(params, under_way, step, pool, config, inputs)
+    rollout.check_rewards(samples)
+    return samples, selected
+
+
+def draw(
+    params: qwen3.Params,
+    under_way: UnderWay,
+    step: int,
+    pool: Pool,
+    config: GppoConfig,
+    inputs: Inputs,
+) -> None:
+    """Draws and scores the next batch of prompts, or what is left of one that was cut off."""
+    c = config.rollout
+    if not under_way.drawing:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        new = rollout.open_groups(
+        number = under_way.batches
+        under_way.going_on += rollout.open_groups(
             next(inputs.prompts),
             config.rewards,
             num_samples=c.samples_per_prompt,
@@ -351,10 +458,12 @@ def sample(
             key=jax.random.fold_in(key, number) if number else key,
             seed=f"{config.seed}/{step}",
         )
-        done, going_on, count = rollout.collect(
+        under_way.batches, under_way.drawing = number + 1, True
+    try:
+        done, under_way.going_on, count = rollout.collect(
             params,
             config.model,
-            [*going_on, *new],
+            under_way.going_on,
             inputs.tokenizer,
             pool,
             config.rewards,
@@ -367,20 +476,12 @@ def sample(
             dtype=jnp.dtype(config.dtype),
             layout=inputs.layout,
         )
-        complete += done
-        counts.append(count)
-        samples = rollout.flatten(
-            complete,
-            inputs.tokenizer,
-            config.rewards.full_credit,
-            overlong_tokens=c.overlong_tokens,
-            overlong_penalty=c.overlong_penalty,
-        )
-        selected = batch.select(samples, c)
-        if len(np.unique(samples.group_B[selected[0]])) == c.max_groups:
-            break
-    rollout.check_rewards(samples)
-    return samples, selected, going_on, counts
+    except rollout.Interrupted as interrupted:
+        under_way.going_on = interrupted.groups
+        raise
+    under_way.complete += done
+    under_way.counts.append(count)
+    under_way.drawing = False
 
 
 def learn(
@@ -390,18 +491,17 @@ def learn(
     rate: float,
     config: GppoConfig,
     layout: Layout,
-) -> tuple[steps.TrainState, list[dict[str, np.ndarray]]]:
-    """An update a mini-batch, and its metrics, with `row_fill`: the share of tokens in the
-    computed rows that are real. The host reads none before all are under way."""
-    found = []
+) -> Iterator[tuple[steps.TrainState, dict[str, Any]]]:
+    """An update a mini-batch: the new state and the metrics, with `row_fill`, the share of
+    tokens in the computed rows that are real."""
     for mini in minis:
         packed, _ = batch.pack(mini)
         placed, count = place(packed, config.minibatch_prompts, config, layout)
+        preemption.check()
         state, values = update(state, placed, count, rate)
         computed = count * config.micro_rows * config.rollout.row_tokens
         real = np.count_nonzero(packed["segment_ids"])
-        found.append(values | {"row_fill": real / max(computed, 1)})
-    return state, jax.device_get(found)
+        yield state, values | {"row_fill": np.float32(real / max(computed, 1))}
 
 
 def sampler_uses(config: GppoConfig) -> list[tuple[Sampling, int]]:

@@ -104,6 +104,11 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
+def any_of(told: bool) -> bool:
+    """Whether it is true on any process; all wait for it."""
+    return told if count() == 1 else bool(_exchange(np.uint8([told])).any())
+
+
 def _exchange(x: np.ndarray) -> np.ndarray:
     # As bytes: without 64-bit mode, JAX would cut an int64 in two.
     return multihost_utils.process_allgather(x.view(np.uint8)).view(x.dtype)

@@ -3,8 +3,11 @@
 Shape letters: B samples of a step.
 """
 
+import base64
 import dataclasses
+import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klear_jax import hosts, qwen3, sampler
+from klear_jax import hosts, preemption, qwen3, sampler
 from klear_jax.errors import InputError
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Outcome, Pool
@@ -25,6 +28,22 @@ from klear_jax.tokens import Tokenizer, cut_at_stop
 FILTERS = ("reward", "accuracy", "none")
 # 'carry' keeps them for one more step, with the old log-probs of the one that drew them.
 SURPLUS = ("discard", "carry")
+# Calls of decoding between two questions of whether the run is to end.
+PREEMPTION_CALLS = 8
+# Seconds of waiting for rewards between two such questions.
+PREEMPTION_S = 0.2
+
+
+class Interrupted(preemption.Preempted):
+    """A phase was cut off.
+
+    Attributes:
+        groups: those it was given, with the samples that have ended since and their rewards.
+    """
+
+    def __init__(self, groups: "Sequence[OpenGroup]"):
+        super().__init__()
+        self.groups = list(groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +142,13 @@ class OpenGroup:
     carried: bool  # It was begun in an earlier step, or an earlier batch of this one.
     waited: bool = False  # It was complete in the last step, which had groups enough.
 
+    def ended(self, j: int) -> bool:
+        return self.group.ended(self.group.samples[j])
+
     @property
     def left(self) -> int:
         """Samples that have not ended."""
-        return sum(not self.group.ended(sample) for sample in self.group.samples)
+        return sum(not self.ended(j) for j in range(len(self.outcomes)))
 
 
 def open_groups(
@@ -194,6 +216,10 @@ def collect(
     Returns:
         The complete groups, those that go on (both without `old_logp` for the new tokens),
         and the counts of the sampler.
+
+    Raises:
+        Interrupted: the run is to end. With a `finish_fraction` below 1 its groups are as they
+            were given: which of them are complete when a phase ends depends on all of it.
     """
     samples = [list(open_.group.samples) for open_ in groups]
     left = [open_.left for open_ in groups]
@@ -201,13 +227,11 @@ def collect(
     # Less than a rounding error of the product is no group.
     enough_groups = math.ceil(finish_fraction * sum(map(bool, left)) - 1e-9)
     enough_groups += left.count(0)
+    calls = itertools.count(1)
     scores: dict[tuple[int, int], futures.Future[Outcome]] = {}
     ended: set[tuple[int, int]] = set()
 
-    def finish(i: int, j: int, sample: sampler.Sample) -> None:
-        samples[i][j] = cut(sample, tokenizer, stop_strings)
-        left[i] -= 1
-        ended.add((i, j))
+    def score(i: int, j: int) -> None:
         if i % hosts.count() != hosts.index():
             return
         kind = rewards.kinds[rewards.kind_of(groups[i].source)]
@@ -218,54 +242,93 @@ def collect(
             **kind.resolved(),
         )
 
-    def enough() -> bool:
-        return left.count(0) >= enough_groups and not any(left[i] for i in least)
+    def finish(i: int, j: int, sample: sampler.Sample) -> None:
+        samples[i][j] = cut(sample, tokenizer, stop_strings)
+        left[i] -= 1
+        ended.add((i, j))
+        score(i, j)
 
-    found, counts = sampler.sample_groups(
-        params,
-        model,
-        [open_.group for open_ in groups],
-        sampling=sampling,
-        engine=engine,
-        slot_tokens=slot_tokens,
-        stop_ids=tokenizer.stop_ids,
-        dtype=dtype,
-        layout=layout,
-        on_finish=finish,
-        enough=enough if finish_fraction < 1 else None,
-    )
-    # A stop string may have ended what the sampler would go on with.
-    for i, group in enumerate(found):
-        for j, sample in enumerate(group.samples):
-            if (i, j) not in ended and groups[i].outcomes[j] is None:
-                samples[i][j] = cut(sample, tokenizer, stop_strings)
-                if group.ended(samples[i][j]):
-                    finish(i, j, samples[i][j])
-    outcomes = _share(_wait(scores, rewards.step_timeout_s))
-    after = [
-        _advance(
-            open_,
-            samples[i],
-            [outcomes.get((i, j), old) for j, old in enumerate(open_.outcomes)],
-            step,
+    def enough() -> bool:
+        if next(calls) % PREEMPTION_CALLS == 0:
+            preemption.check()
+        return (
+            finish_fraction < 1
+            and left.count(0) >= enough_groups
+            and not any(left[i] for i in least)
         )
-        for i, open_ in enumerate(groups)
-    ]
-    complete = [open_ for open_, n in zip(after, left, strict=True) if not n]
-    return complete, [open_ for open_, n in zip(after, left, strict=True) if n], counts
+
+    def after(scored: Mapping[tuple[int, int], Outcome]) -> list[OpenGroup]:
+        outcomes = _share(scored)
+        return [
+            _advance(
+                open_,
+                samples[i],
+                [outcomes.get((i, j), old) for j, old in enumerate(open_.outcomes)],
+                step,
+            )
+            for i, open_ in enumerate(groups)
+        ]
+
+    # Ended before an interruption, which did not wait for their rewards.
+    for i, open_ in enumerate(groups):
+        for j, outcome in enumerate(open_.outcomes):
+            if outcome is None and open_.ended(j):
+                ended.add((i, j))
+                score(i, j)
+    try:
+        found, counts = sampler.sample_groups(
+            params,
+            model,
+            [open_.group for open_ in groups],
+            sampling=sampling,
+            engine=engine,
+            slot_tokens=slot_tokens,
+            stop_ids=tokenizer.stop_ids,
+            dtype=dtype,
+            layout=layout,
+            on_finish=finish,
+            enough=enough,
+        )
+        # A stop string may have ended what the sampler would go on with.
+        for i, group in enumerate(found):
+            for j, sample in enumerate(group.samples):
+                if (i, j) not in ended and groups[i].outcomes[j] is None:
+                    samples[i][j] = cut(sample, tokenizer, stop_strings)
+                    if group.ended(samples[i][j]):
+                        finish(i, j, samples[i][j])
+        _wait(scores, rewards.step_timeout_s)
+    except preemption.Preempted:
+        known = {name: one.result() for name, one in scores.items() if one.done()}
+        raise Interrupted(after(known) if finish_fraction == 1 else groups) from None
+    late = Outcome(
+        math.nan, "late", f"not scored within {rewards.step_timeout_s} s of the step"
+    )
+    # What could not be cancelled is done, or being done.
+    complete_or_not = after(
+        {
+            name: late if one.cancel() or not one.done() else one.result()
+            for name, one in scores.items()
+        }
+    )
+    pairs = list(zip(complete_or_not, left, strict=True))
+    return (
+        [open_ for open_, n in pairs if not n],
+        [open_ for open_, n in pairs if n],
+        counts,
+    )
 
 
 def _wait(
     scores: Mapping[tuple[int, int], futures.Future[Outcome]], timeout_s: float
-) -> dict[tuple[int, int], Outcome]:
-    """The outcomes; 'late' for those that do not come in time, which is our fault."""
-    futures.wait(scores.values(), timeout_s)
-    late = Outcome(math.nan, "late", f"not scored within {timeout_s} s of the step")
-    # What could not be cancelled is done, or being done.
-    return {
-        name: late if score.cancel() or not score.done() else score.result()
-        for name, score in scores.items()
-    }
+) -> None:
+    """Until all processes have theirs, or do not wait any longer."""
+    deadline = time.monotonic() + timeout_s
+    waits = True
+    while hosts.any_of(waits):
+        preemption.check()
+        seconds = min(PREEMPTION_S, max(0.0, deadline - time.monotonic()))
+        _, not_done = futures.wait(scores.values(), seconds)
+        waits = bool(not_done) and time.monotonic() < deadline
 
 
 def _share(
@@ -398,10 +461,18 @@ def cut(
 
 
 def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
-    """Groups as a checkpoint keeps them; float32 survives exactly."""
+    """Groups as a checkpoint keeps them, to the bit; arrays as base64, for there may be tens
+    of millions of tokens."""
 
     def one(open_: OpenGroup) -> dict[str, Any]:
         group = open_.group
+        columns = zip(
+            group.samples,
+            open_.policy_steps,
+            open_.old_logp,
+            open_.outcomes,
+            strict=True,
+        )
         return {
             "problem": open_.problem,
             "source": open_.source,
@@ -410,23 +481,18 @@ def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
             "prompt_id": group.prompt_id,
             "key": jax.random.key_data(group.key).tolist(),
             "limit": group.limit,
+            "carried": open_.carried,
             "waited": open_.waited,
             "samples": [
                 {
-                    "tokens": sample.tokens,
-                    "logprobs": sample.logprobs.tolist(),
+                    "tokens": _to_text(sample.tokens, np.int32),
+                    "logprobs": _to_text(sample.logprobs, np.float32),
                     "finished": sample.finished,
-                    "policy_steps": steps.tolist(),
-                    "old_logp": old.tolist(),
+                    "policy_steps": _to_text(steps, np.int32),
+                    "old_logp": _to_text(old, np.float32),
                     "outcome": outcome and dataclasses.astuple(outcome),
                 }
-                for sample, steps, old, outcome in zip(
-                    group.samples,
-                    open_.policy_steps,
-                    open_.old_logp,
-                    open_.outcomes,
-                    strict=True,
-                )
+                for sample, steps, old, outcome in columns
             ],
         }
 
@@ -440,7 +506,11 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
         found = row["samples"]
         key = jax.random.wrap_key_data(np.array(row["key"], np.uint32))
         samples = [
-            sampler.Sample(x["tokens"], np.float32(x["logprobs"]), x["finished"])
+            sampler.Sample(
+                _from_text(x["tokens"], np.int32).tolist(),
+                _from_text(x["logprobs"], np.float32),
+                x["finished"],
+            )
             for x in found
         ]
         return OpenGroup(
@@ -448,11 +518,19 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
             row["source"],
             row["answer"],
             sampler.Group(row["prompt"], row["prompt_id"], key, row["limit"], samples),
-            policy_steps=[np.array(x["policy_steps"], np.int32) for x in found],
-            old_logp=[np.array(x["old_logp"], np.float32) for x in found],
+            policy_steps=[_from_text(x["policy_steps"], np.int32) for x in found],
+            old_logp=[_from_text(x["old_logp"], np.float32) for x in found],
             outcomes=[x["outcome"] and Outcome(*x["outcome"]) for x in found],
-            carried=True,
+            carried=row["carried"],
             waited=row["waited"],
         )
 
     return [one(row) for row in rows]
+
+
+def _to_text(x: Any, dtype: type) -> str:
+    return base64.b64encode(np.asarray(x, dtype).tobytes()).decode()
+
+
+def _from_text(text: str, dtype: type) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)

@@ -23,6 +23,7 @@ from klear_jax import (
     hosts,
     losses,
     optim,
+    preemption,
     qwen3,
     sampler,
     steps,
@@ -248,11 +249,14 @@ def _validation_batches(
 
 def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
     """The loop."""
-    layout, tokenizer, data = inputs.layout, inputs.tokenizer, inputs.data
+    layout, data = inputs.layout, inputs.data
     num_micro = config.batch_rows // config.micro_rows
     with (
-        checkpoint.Checkpoints(config.workdir, config.checkpoint) as checkpoints,
+        checkpoint.Checkpoints(
+            config.workdir, config.checkpoint, config
+        ) as checkpoints,
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        preemption.watch(config.checkpoint.grace_s),
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
@@ -280,54 +284,75 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             disable=not hosts.first(),
         )
         watch, unread = Stopwatch(), []
+        # What is known of the step under way, once its update is done. A checkpoint has it
+        # if the run was cut off in an evaluation.
+        values: dict[str, float] | None = checkpoints.under_way()
 
         def on_device(rows):
             batch = steps.micro_batches(rows, config.micro_rows, num_micro, layout)
             batch["weight"] = weigh(batch.pop("mask"))
             return batch
 
-        for step in bar:
-            with watch.phase("data"):
-                rows = next(data.iterator)
-                batch = on_device(rows)
-            about = {
-                "learning_rate": optim.learning_rate(
-                    config.optim, step, inputs.num_steps
-                ),
-                "epoch": data.iterator.num_samples / data.num_samples,
-            }
-            state, found = update(state, batch, num_micro, about["learning_rate"])
-            unread.append((step, rows, about, found))
-            validates = config.validation.due(step + 1)
-            evaluates = config.evaluation.due(step + 1)
-            saves = checkpoints.due(step + 1) or step + 1 == inputs.num_steps
-            # Metrics are read one step late, so that the device never waits for the host.
-            while len(unread) > (0 if saves or evaluates or validates else 1):
-                read_step, rows, about, found = unread.pop(0)
-                values = summarise(jax.device_get(found), rows["tokens"].size) | about
-                require_finite(values, rows, config.workdir, read_step)
-                if validates and read_step == step:
+        def read_oldest():
+            read_step, rows, about, found = unread.pop(0)
+            values = summarise(jax.device_get(found), rows["tokens"].size) | about
+            require_finite(values, rows, config.workdir, read_step)
+            return read_step, values
+
+        def write(step, values):
+            writer.write(step, values | watch.lap())
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+
+        try:
+            for step in bar:
+                if values is None:
+                    preemption.check()
+                    with watch.phase("data"):
+                        rows = next(data.iterator)
+                        batch = on_device(rows)
+                    rate = optim.learning_rate(config.optim, step, inputs.num_steps)
+                    epoch = data.iterator.num_samples / data.num_samples
+                    state, found = update(state, batch, num_micro, rate)
+                    about = {"learning_rate": rate, "epoch": epoch}
+                    unread.append((step, rows, about, found))
+                validates = config.validation.due(step + 1)
+                evaluates = config.evaluation.due(step + 1)
+                saves = checkpoints.due(step + 1) or step + 1 == inputs.num_steps
+                # Metrics are read one step late, so that the device never waits for the host.
+                while len(unread) > 1:
+                    write(*read_oldest())
+                if unread and (validates or evaluates or saves):
+                    _, values = read_oldest()
+                if validates:
                     with watch.phase("validate"):
                         values |= mean_loss(
                             validate(state.params, on_device(rows), num_micro)
                             for rows in inputs.validation
                         )
-                if evaluates and read_step == step:
+                if evaluates:
                     with watch.phase("evaluate"):
                         values |= evaluate.during_training(
                             state.params,
                             inputs.problems,
-                            tokenizer,
+                            inputs.tokenizer,
                             pool,
                             config,
                             layout,
                         )
-                values |= watch.lap()
-                writer.write(read_step, values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if saves:
-                checkpoints.save(step + 1, state, data.iterator)
-                writer.publish()
+                if values is not None:
+                    write(step, values)
+                    writer.publish()  # First: what a checkpoint holds is not written again.
+                if saves:
+                    checkpoints.save(
+                        step + 1, state, data.iterator, under_way=None, metrics=values
+                    )
+                values = None
+        except preemption.Preempted:
+            while unread:
+                write(*read_oldest())
+            writer.publish()
+            checkpoints.save_preempted(step, state, data.iterator, values)
+            raise
 
 
 def mean_loss(batches: Iterable[steps.Metrics]) -> dict[str, float]:

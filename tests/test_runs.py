@@ -1,5 +1,6 @@
 """Whole runs: what is killed and resumed equals what ran through, and bad input stops early."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -16,7 +17,9 @@ from klear_jax import (
     export,
     hf_weights,
     metrics,
+    preemption,
     prepare_data,
+    rollout,
     tokens,
     train,
 )
@@ -103,20 +106,45 @@ def read_lines(path):
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
-def without_times(lines):
+def start_and_preempt(config, workdir, monkeypatch, every):
+    """Starts the run until it ends; each start is told to end at its `every`th look. Returns
+    how many starts it took."""
+    for starts in range(1, 30):
+        looks = itertools.count(1)
+
+        def check(looks=looks):
+            if next(looks) == every:
+                raise preemption.Preempted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(preemption, "check", check)
+            try:
+                start(config, workdir)
+                return starts
+            except preemption.Preempted:
+                pass
+    raise AssertionError("it makes no progress")
+
+
+def without_times(lines, besides=()):
     return [
-        {key: value for key, value in line.items() if not key.startswith("seconds")}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("seconds", *besides))
+        }
         for line in lines
     ]
 
 
-def assert_same_run(one, other):
-    """Parameters, metrics and samples of two workdirs, bit for bit."""
+def assert_same_run(one, other, besides=()):
+    """Parameters, metrics and samples of two workdirs, bit for bit; but for the seconds, and
+    metrics whose names begin with one of `besides`."""
     (params, model), (others, same_model) = map(checkpoint.load_model, (one, other))
     assert model == same_model
     jax.tree.map(np.testing.assert_array_equal, params, others)
     lines, other_lines = (
-        without_times(read_lines(w / "metrics.jsonl")) for w in (one, other)
+        without_times(read_lines(w / "metrics.jsonl"), besides) for w in (one, other)
     )
     assert [line["step"] for line in lines] == list(range(6))
     assert lines == other_lines
@@ -221,6 +249,42 @@ def test_gppo_killed_and_resumed_equals_undisturbed(gppo_run, tmp_path, monkeypa
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(workdir, tmp_path / "run")
+
+
+# What was drawn before the run was cut off is not drawn again.
+NOT_DRAWN_AGAIN = ("sampler/",)
+
+
+@pytest.mark.parametrize("every", [5, 8])
+def test_sft_preempted_and_resumed_equals_undisturbed(
+    sft_run, tmp_path, monkeypatch, every
+):
+    """Looks are one a step, and many in the evaluation at the end."""
+    workdir, config = sft_run
+    assert start_and_preempt(config, tmp_path / "run", monkeypatch, every) > 1
+    assert_same_run(workdir, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "every, rollouts",
+    [
+        (6, {}),
+        (7, {"prompts": 4, "max_groups": 6, "max_batches": 2, "surplus": "carry"}),
+        (9, {"finish_fraction": 0.5, "prompts": 16, "max_groups": 24}),
+    ],
+)
+def test_gppo_preempted_and_resumed_equals_undisturbed(
+    data, tmp_path, monkeypatch, every, rollouts
+):
+    """While it samples, waits for rewards, between updates, in an evaluation."""
+    config = small_gppo(data)
+    config.rollout.update(rollouts)
+    config.sampler.num_slots, config.sampler.decode_steps = 24, 2
+    config.evaluation.every = 4
+    monkeypatch.setattr(rollout, "PREEMPTION_CALLS", 5)
+    start(config, tmp_path / "whole")
+    assert start_and_preempt(config, tmp_path / "run", monkeypatch, every) > 3
+    assert_same_run(tmp_path / "whole", tmp_path / "run", NOT_DRAWN_AGAIN)
 
 
 def test_a_run_goes_on_with_fewer_devices(sft_run, tmp_path, monkeypatch):
