@@ -155,8 +155,12 @@ class Checkpoints:
         self._reading_back: futures.Future[None] | None = None
 
     @property
+    def empty(self) -> bool:
+        return not self._between.all_steps() and not self._within.all_steps()
+
+    @property
     def steps_done(self) -> int:
-        """Steps that the newest checkpoint holds; 0 without one."""
+        """Whole steps that the newest checkpoint holds; 0 without one."""
         _, _, steps_done = self._newest()
         return steps_done
 
@@ -266,9 +270,9 @@ class Checkpoints:
 
     def under_way(self) -> Any:
         """What the step after the newest checkpoint goes on with; None without one."""
-        manager, number, _ = self._newest()
-        if not number:
+        if self.empty:
             return None
+        manager, number, _ = self._newest()
         return self._read(manager, number, "under_way")["step"]
 
     def restore(self, abstract: steps.TrainState, data: Data) -> steps.TrainState:
@@ -444,7 +448,7 @@ def train_state(
         lambda: steps.init_state(qwen3.init_params(config, jax.random.key(0)), tx)
     )
     shardings = steps.state_shardings(abstract, params_shardings, layout)
-    if checkpoints.steps_done:
+    if not checkpoints.empty:
         return checkpoints.restore(_placed(abstract, shardings), data), shardings
     if init_from:
         params, _ = load_model(init_from, layout)

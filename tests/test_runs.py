@@ -270,7 +270,7 @@ def test_sft_preempted_and_resumed_equals_undisturbed(
     [
         (6, {}),
         (7, {"prompts": 4, "max_groups": 6, "max_batches": 2, "surplus": "carry"}),
-        (9, {"finish_fraction": 0.5, "prompts": 16, "max_groups": 24}),
+        (14, {"finish_fraction": 0.5, "prompts": 16, "max_groups": 24}),
     ],
 )
 def test_gppo_preempted_and_resumed_equals_undisturbed(
