@@ -103,4 +103,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.every = 5  # [R] Rollout batches.
 
     c.checkpoint = sections.checkpoint(every=5, keep=2)  # [R] [ours] 98 GB each.
+    c.guards = sections.gppo_guards()
     return c

@@ -75,4 +75,5 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.evaluation = sft.evaluation
     c.checkpoint = sections.checkpoint(every=20, keep=2)
+    c.guards = sections.gppo_guards()
     return c

@@ -169,6 +169,35 @@ def checkpoint(every: int, keep: int) -> ml_collections.ConfigDict:
     return c
 
 
+def sft_guards() -> ml_collections.ConfigDict:
+    """The section `guards`: what is watched in the metrics of each step."""
+    c = ml_collections.ConfigDict()
+    # An update whose loss or gradient is no number: 'stop' the run, or 'skip' it; either way
+    # it changes nothing, and the first such batch is saved.
+    c.not_finite = "stop"  # [ours]
+    c.limits = (
+        ml_collections.ConfigDict()
+    )  # Beyond them the run warns. None left: no guard.
+    c.limits.grad_norm = 100.0  # [ours] Before it is clipped.
+    # Names of limits that end the run, with exit code 3.
+    c.stop = ()  # [ours] A warning is no reason to lose a night.
+    return c
+
+
+def gppo_guards() -> ml_collections.ConfigDict:
+    """The section `guards`, with those of sampling; `klear_jax/guards.py` has the metrics,
+    and what to look at."""
+    c = sft_guards()
+    # Mean |trainer's - sampler's log-prob|, nats. bfloat16 gives a few thousandths.
+    c.limits.logprob_gap = 0.03  # [ours]
+    # |log-ratio| of all but 1% at each end, in the first mini-batch of a step.
+    c.limits.first_ratio = 0.05  # [ours]
+    c.limits.entropy = 0.01  # [ours] Nats a token; less is a collapse.
+    c.limits.equal_rewards = 0.95  # [ours] Share of groups, before the filter.
+    c.limits.truncated = 0.5  # [ours] Share of samples.
+    return c
+
+
 def source(path: str, shape: str) -> ml_collections.ConfigDict:
     """A source of `configs/data/`: files of one origin.
 

@@ -111,4 +111,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.every = 0  # [ours] Steps between evaluations during training; 0: none.
 
     c.checkpoint = sections.checkpoint(every=500, keep=2)  # [ours] 98 GB each.
+    c.guards = sections.sft_guards()
     return c

@@ -107,4 +107,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.every = 0  # Steps between evaluations during training; 0: none.
 
     c.checkpoint = sections.checkpoint(every=200, keep=2)
+    c.guards = sections.sft_guards()
     return c

@@ -1,4 +1,4 @@
-"""The one exception that means: what the user gave is wrong, and this is how."""
+"""Exceptions that are one sentence to the user, and not worth a second try."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     Commands print it alone, without a traceback, and exit with 2.
     """
+
+
+class Stopped(Exception):
+    """The run has ended itself (`guards`), and says why; commands exit with 3."""

@@ -20,6 +20,7 @@ from klear_jax import (
     batch,
     checkpoint,
     evaluate,
+    guards,
     hosts,
     losses,
     metrics,
@@ -129,6 +130,7 @@ class GppoConfig:
     optim: optim.OptimConfig
     evaluation: evaluate.EvaluationConfig
     checkpoint: checkpoint.CheckpointConfig
+    guards: guards.GuardConfig
 
     def __post_init__(self):
         qwen3.check_remat(self.remat)
@@ -345,12 +347,12 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                 share = {  # All processes have all rows.
                     name: x[hosts.index() :: hosts.count()] for name, x in rows.items()
                 }
-                for one in found:
-                    metrics.require_finite(one, share, config.workdir, step)
+                good = guards.finite(config.guards, found, share, config.workdir, step)
                 values = {
                     **batch.sample_metrics(samples, chosen, config.rewards, step),
                     **batch.logprob_gap(rows, config.rollout.temperature),
-                    **metrics.of_updates(found),
+                    **metrics.of_updates(good),
+                    "updates_skipped": len(found) - len(good),
                     **metrics.of_sampler(under_way.counts),
                     "samples/groups_surplus": len(surplus),
                     "samples/groups_dropped": len(surplus) - len(waiting),
@@ -376,6 +378,7 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                 writer.write_samples(
                     step, batch.sample_rows(samples, chosen, rows, waiting)
                 )
+                guards.check(config.guards, values, step)
                 bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
                 under_way = begin_step(later)
                 if checkpoints.due(step + 1) or step + 1 == config.num_steps:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from klear_jax.errors import InputError
+from klear_jax.errors import InputError, Stopped
 
 # A process that is not heard of for so long is dead, and the others end with it.
 HEARTBEAT_S = 30
@@ -115,9 +115,9 @@ def _exchange(x: np.ndarray) -> np.ndarray:
 
 
 def exit_code(error: Exception) -> int:
-    """2 for bad input, 3 for a loss that is no number (`metrics.require_finite`): started again,
-    the command would end so again. 1 for all else."""
-    codes = {InputError: 2, FloatingPointError: 3}
+    """2 for bad input, 3 for a run that has ended itself (`guards`): started again, the
+    command would end so again. 1 for all else."""
+    codes = {InputError: 2, Stopped: 3}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -66,9 +67,12 @@ class Writer:
         return self._workdir / "rollouts"
 
     def publish(self) -> None:
-        """Brings what has grown to a workdir that cannot append; at checkpoints, so that what
-        a kill takes is from beyond the last one, and will be written again."""
-        if not self._active or self._beside is None:
+        """Brings what has grown to the disk, or to a workdir that cannot append; before a
+        checkpoint, so that what a kill takes is from beyond it, and will be written again."""
+        if not self._active:
+            return
+        if self._beside is None:
+            os.fsync(self._file.fileno())
             return
         self._published = time.monotonic()
         self._tensorboard.flush()
@@ -83,6 +87,10 @@ class Writer:
         """Appends one line {'step': step, name: number, ...}; nan and inf become null."""
         if not self._active:
             return
+        if self._beside is None and not os.path.exists(self._file.name):
+            raise FileNotFoundError(
+                f"{self._file.name} is gone: somebody has moved or deleted the workdir"
+            )
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -104,9 +112,9 @@ class Writer:
     def close(self) -> None:
         if not self._active:
             return
-        self._file.close()
         self._tensorboard.close()
         self.publish()
+        self._file.close()
         if self._beside is not None:
             shutil.rmtree(self._beside)
 
@@ -120,32 +128,6 @@ class Writer:
 def _appends(workdir: str | epath.Path) -> bool:
     """Whether files there can grow: it is a folder, and no object store (gs://...)."""
     return "://" not in str(workdir)
-
-
-def require_finite(
-    values: Mapping[str, float],
-    batch: Mapping[str, Any],
-    workdir: str | epath.Path,
-    step: int,
-) -> None:
-    """Stops the run on a loss or gradient that is not a number, its batch saved.
-
-    Args:
-        batch: the rows that this process saves.
-
-    Raises:
-        FloatingPointError: `loss` or `grad_norm` is nan or infinite.
-    """
-    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-        return
-    process = f"_process_{hosts.index()}" if hosts.count() > 1 else ""
-    path = epath.Path(workdir) / f"not_finite_step_{step:06d}{process}.npz"
-    with path.open("wb") as file:
-        np.savez(file, **batch)
-    raise FloatingPointError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch "
-        f"is in {path}, the last checkpoint is from before it"
-    )
 
 
 def _step_of(line: str) -> float:
@@ -270,8 +252,9 @@ def of_updates(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
     clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
     (advantage not 0, old log-prob below losses.MOVABLE_LOGP); grad_mass/REGION: of the
-    sum of weight |dloss/dlogp|; REGION is low, high, dual or inside. A step without a
-    mini-batch has only updates = 0.
+    sum of weight |dloss/dlogp|; REGION is low, high, dual or inside. ratio_first/spread: how
+    far the ratio is from 1 in the first mini-batch, where nothing was learnt yet: the larger
+    |log| of its first and 99th percentile. A step without a mini-batch has only updates = 0.
     """
     values = {"updates": len(found)}
     if not found:
@@ -292,6 +275,10 @@ def of_updates(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
     values["param_norm"] = float(found[-1]["param_norm"])
     values["ratio_capped"] = float(total["ratio_capped"])
     values |= ratio_percentiles(total["ratios_below"], total["tokens"])
+    first = ratio_percentiles(found[0]["ratios_below"], found[0]["tokens"])
+    values["ratio_first/spread"] = float(
+        max(-np.log(first["ratio/p1"]), np.log(first["ratio/p99"]))
+    )
     for title, name in (
         ("clip", "tokens"),
         ("clip_movable", "movable"),

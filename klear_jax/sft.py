@@ -20,6 +20,7 @@ import tqdm
 from klear_jax import (
     checkpoint,
     evaluate,
+    guards,
     hosts,
     losses,
     optim,
@@ -37,7 +38,7 @@ from klear_jax.data.batches import (
     sft_batches,
 )
 from klear_jax.errors import InputError
-from klear_jax.metrics import Stopwatch, Writer, require_finite
+from klear_jax.metrics import Stopwatch, Writer
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
@@ -102,6 +103,7 @@ class SftConfig:
     validation: ValidationConfig
     evaluation: evaluate.EvaluationConfig
     checkpoint: checkpoint.CheckpointConfig
+    guards: guards.GuardConfig
 
     def __post_init__(self):
         qwen3.check_remat(self.remat)
@@ -296,11 +298,14 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
         def read_oldest():
             read_step, rows, about, found = unread.pop(0)
             values = summarise(jax.device_get(found), rows["tokens"].size) | about
-            require_finite(values, rows, config.workdir, read_step)
-            return read_step, values
+            good = guards.finite(
+                config.guards, [values], rows, config.workdir, read_step
+            )
+            return read_step, values | {"updates_skipped": 1 - len(good)}
 
         def write(step, values):
             writer.write(step, values | watch.lap())
+            guards.check(config.guards, values, step)
             bar.set_postfix(loss=f"{values['loss']:.3f}")
 
         try:

@@ -59,7 +59,8 @@ def train_step(
     """One optimizer update from the first `num_micro` micro-batches of `batch`.
 
     Gradients and metrics are float32 sums over micro-batches: the weights in the batch
-    already say what a mean is, so any split gives the same update up to rounding.
+    already say what a mean is, so any split gives the same update up to rounding. Where loss
+    or gradient is no number, the state stays as it is.
 
     Returns:
         The new state, and the metrics of `loss_fn` with `loss`, `grad_norm` (before the
@@ -74,7 +75,9 @@ def train_step(
         "update_norm": optax.tree.norm(updates),
         "param_norm": optax.tree.norm(params),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+    new = TrainState(state.step + 1, params, opt_state)
+    return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state), metrics
 
 
 def accumulate(

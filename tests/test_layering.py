@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "klear_jax"
 
 # A file imports only files that stand above it.
 ORDER = """
-    errors hosts preemption config losses advantages tokens rewards metrics optim sharding attention
+    errors hosts preemption config losses advantages tokens rewards metrics guards optim sharding attention
     qwen3 logprobs kv_cache sampling scheduler decoding sampler steps hf_weights checkpoint
     data rollout batch evaluate sft gppo aot roofline train plan prepare_data export
 """.split()

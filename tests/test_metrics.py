@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from klear_jax import metrics
-from klear_jax.metrics import Compilations, Stopwatch, Writer, require_finite
+from klear_jax.metrics import Compilations, Stopwatch, Writer
 
 
 def lines(workdir):
@@ -64,16 +64,13 @@ def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_a_loss_that_is_no_number_stops_the_run_with_its_batch(tmp_path, name):
-    values = {"loss": 1.0, "grad_norm": 2.0}
-    batch = {"tokens": np.arange(6).reshape(2, 3)}
-    require_finite(values, batch, tmp_path, 3)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FloatingPointError, match=r"step 3: .*not_finite_step_000003"):
-        require_finite(values | {name: float("inf")}, batch, tmp_path, 3)
-    with np.load(tmp_path / "not_finite_step_000003.npz") as saved:
-        np.testing.assert_array_equal(saved["tokens"], batch["tokens"])
+def test_a_workdir_that_is_gone_is_said(tmp_path):
+    (tmp_path / "run").mkdir()
+    with Writer(tmp_path / "run", next_step=0) as writer:
+        writer.write(0, {"loss": 0.5})
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        with pytest.raises(FileNotFoundError, match="is gone: somebody"):
+            writer.write(1, {"loss": 0.5})
 
 
 def test_seconds_add_up_by_phase(monkeypatch):
