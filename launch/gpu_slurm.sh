@@ -7,8 +7,9 @@
 # Installs this tree into .venv, and submits a job that runs the command in it: both must lie on
 # storage that all nodes share, and the tree must stay as it is while the job waits or runs.
 # After a preemption, a dead node, a failure or the end of its time, the job goes back into the
-# queue and starts the same command, which resumes from its newest checkpoint. After 2, bad
-# input, and 3, a loss that is no number, it does not.
+# queue and starts the same command, which resumes from its newest checkpoint; before the end of
+# its time it is told to save. After 2, bad input, and 3, a run that has stopped itself, it
+# does not.
 #
 #   launch/gpu_slurm.sh [--dry_run] NAME VERB
 #
@@ -23,7 +24,8 @@
 #   NODES                          must be set
 #   GPUS=8                         of a node
 #   CPUS=8                         for a GPU; code rewards want more
-#   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then the job fails
+#   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then the job fails; a
+#                                  run that was told to end, and saved, is not counted
 #   SBATCH_FLAGS, SRUN_FLAGS       more flags
 set -euo pipefail
 # In the job, $0 is Slurm's copy of this file, and the tree is where it was submitted.
@@ -50,12 +52,13 @@ run() {
 }
 
 _job() { # Once for the whole job, on its first node.
-  local words code=0 task last=$logs/last_$SLURM_JOB_ID restarts=$logs/restarts_$SLURM_JOB_ID
-  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+  local words code=0 step task last=$logs/last_$SLURM_JOB_ID restarts=$logs/restarts_$SLURM_JOB_ID
+  local saved=$logs/saved_$SLURM_JOB_ID
+  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ ! -e "$saved" ]; then
     may_restart "$restarts" || fail "given up after $RESTARTS restarts in $RESTART_HOURS hours" 1
   fi
-  rm -f "$last"
-  trap 'say "the time is almost over"; requeue; exit 1' USR1
+  rm -f "$last" "$saved"
+  trap 'say "the time is almost over: saving"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
   read -ra words <<<"${SRUN_FLAGS:-}"
   # JAX takes the GPU that has the process's number on the node, so each must see all of the
   # node's; --gpus-per-task would show it one, and keep NCCL from reaching the others directly.
@@ -63,7 +66,12 @@ _job() { # Once for the whole job, on its first node.
   call '' srun --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task="$CPUS" \
     --output="$logs/task_%t.log" --open-mode=append ${words[@]+"${words[@]}"} \
     bash launch/gpu_slurm.sh "$name" _task "$@" &
-  wait $! || code=$?
+  step=$!
+  wait $step || code=$?
+  while kill -0 $step 2>/dev/null; do # A signal ends the waiting, not the step.
+    code=0
+    wait $step || code=$?
+  done
   if [ -e "$last" ]; then
     read -r task code <"$last"
     tail -n 5 "$logs/task_$task.log" >&2
@@ -71,6 +79,7 @@ _job() { # Once for the whole job, on its first node.
   fi
   [ "$code" = 0 ] && return
   say "srun ended with $code"
+  [ "$code" != "$PREEMPTED" ] || touch "$saved"
   sleep "${REQUEUE_SECONDS:-10}" # If it is Slurm that ends the job, it ends this script too.
   requeue
   exit "$code"
@@ -83,6 +92,7 @@ requeue() { # Unless the job is preempted, which Slurm sees to, or cancelled, wh
 
 _task() { # Once for each GPU.
   local code=0
+  trap : TERM # For the command, which saves; this shell, told too, waits for it.
   source launch/flags.sh
   gpu_flags
   read_command "$@"

@@ -67,10 +67,12 @@ cache_of() { # WORKDIR
 final() { # CODE: says what it means.
   case $1 in
     2) echo "bad input, see above" ;;
-    3) echo "the loss is no number, see above" ;;
+    3) echo "the run has stopped itself, see above" ;;
     *) return 1 ;;
   esac
 }
+
+PREEMPTED=75 # The code of a run that was told to end, and has saved: nobody's failure.
 
 RESTARTS=${RESTARTS:-10} RESTART_HOURS=${RESTART_HOURS:-24}
 

@@ -8,7 +8,7 @@
 # it on all workers, starts the command, shows the log of the first worker and waits. When the
 # pod is preempted or a worker dies, makes the pod anew where that is needed, and starts the
 # same command, which resumes from its newest checkpoint. The exit code is the command's; after
-# 2, bad input, and 3, a loss that is no number, it is not started again.
+# 2, bad input, and 3, a run that has stopped itself, it is not started again.
 #
 # The command goes on without this script, but restarts need it: keep it in tmux, best on a
 # small machine in the cloud. Given again, it takes over the command that is under way. The pod
@@ -29,7 +29,8 @@
 #   RUNTIME                        software of the machines; by default their generation's
 #   SLICES=1                       how many slices of that kind
 #   SPOT=1, RESERVED=1             instead of on demand
-#   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then it gives up
+#   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then it gives up; a
+#                                  run that was told to end, and saved, is not counted
 #   POLL_SECONDS=30                between looks at the workers
 #   PATIENCE_SECONDS=900           with workers that do not answer, or cannot be installed, though
 #                                  the pod seems healthy; then it is made anew
@@ -153,7 +154,7 @@ run() {
       stopped | taken) fail "$why" 1 ;;
     esac
     ! meaning=$(final "$code") || fail "$meaning" "$code"
-    may_restart "$tmp/restarts" || fail "$why; given up after $RESTARTS restarts in $RESTART_HOURS hours" "$code"
+    [ "$code" = "$PREEMPTED" ] || may_restart "$tmp/restarts" || fail "$why; given up after $RESTARTS restarts in $RESTART_HOURS hours" "$code"
     say "$why: starting again"
     [ $failures = 0 ] || let_pass $((2 ** (failures < 5 ? failures : 5)))
   done

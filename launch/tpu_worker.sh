@@ -93,13 +93,14 @@ start() {
 train() {
   local dir=$PWD/klear_jax_runs/$1 cache=$2 code=0
   shift 2
+  trap : TERM # For the command, which saves; this shell, told too, waits for it.
   cd klear_jax
   source launch/flags.sh
   tpu_flags
   export JAX_COMPILATION_CACHE_DIR=$cache PYTHONUNBUFFERED=1
   .venv/bin/python -m "klear_jax.$1" "${@:2}" || code=$?
   echo "$code" >"$dir/exit.part"
-  mv "$dir/exit.part" "$dir/exit"
+  mv --no-clobber "$dir/exit.part" "$dir/exit" # Unless it was stopped, which was said before.
 }
 
 stop() {
@@ -113,7 +114,8 @@ stop() {
 end_processes() { # Of the command, or left behind by it.
   if [ -e "$run" ] && held; then
     kill -TERM -- "-$(cat "$run/pid")" || true
-    flock --timeout 30 "$run/lock" true || kill -KILL -- "-$(cat "$run/pid")" || true
+    # It saves first: for checkpoint.grace_s.
+    flock --timeout 60 "$run/lock" true || kill -KILL -- "-$(cat "$run/pid")" || true
     flock --timeout 30 "$run/lock" true
   fi
 }

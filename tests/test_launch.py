@@ -171,7 +171,7 @@ def train():
         import time
         while not os.path.exists(f"{HERE}/finish"):
             time.sleep(0.02)
-        code = 0
+        code = take("waited", 0)
     if code == 2:
         print("error: no such key", file=sys.stderr)
     sys.exit(code)
@@ -207,7 +207,12 @@ def srun():
         with open(log.replace("%t", str(i)), "a") as out:
             codes.append(subprocess.run(args[begin:], env=env, stdout=out, stderr=out).returncode)
     # The others are killed.
-    sys.exit(137 if any(codes) else 0)
+    sys.exit(75 if 75 in codes else 137 if any(codes) else 0)
+
+
+def scancel():
+    record()
+    open(f"{HERE}/finish", "w").close()
 
 
 def scontrol():
@@ -224,7 +229,7 @@ def nothing():
 
 
 known = {"gcloud": gcloud, "python": python3, "sbatch": sbatch, "srun": srun,
-         "scontrol": scontrol, "squeue": squeue}
+         "scontrol": scontrol, "scancel": scancel, "squeue": squeue}
 known.get(name, nothing)()
 '''
 CALL = """#!/bin/sh
@@ -497,6 +502,12 @@ def test_failures_are_tried_again_a_bounded_number_of_times(cloud):
     assert "start 1 of 0.1" in err and "given up after 1 restarts in 24 hours" in err
 
 
+def test_a_run_that_was_told_to_end_is_not_counted_as_a_failure(cloud):
+    cloud.plan(train=[75, 75, 75, 0])
+    _, err = cloud.run("tpu_pod.sh", "pod", "run", *ARGS, **SETTINGS, RESTARTS="0")
+    assert err.count(": starting again") == 3
+
+
 def test_what_a_command_leaves_behind_is_ended(cloud):
     cloud.plan(train=["leave", 0])
     cloud.pod("pod", "run", *ARGS)
@@ -590,7 +601,7 @@ def test_a_loss_that_is_no_number_is_not_tried_again(cloud):
     cloud.plan(hosts=2, train=[3])
     _, err = cloud.run("tpu_pod.sh", "pod", "run", *ARGS, code=3, **SETTINGS)
     assert sorted(cloud.trained()) == BOTH
-    assert "the loss is no number" in err
+    assert "the run has stopped itself" in err
 
 
 def test_a_restart_waits_for_a_service_that_does_not_answer(cloud):
@@ -818,7 +829,7 @@ def test_slurm_a_loss_that_is_no_number_is_not_tried_again(cloud):
     cloud.plan(train=[3])
     _, err = slurm(cloud, "job", "run", *ARGS)
     assert cloud.state()["code"] == 3 and names(cloud).count("srun") == 1
-    assert "the loss is no number" in err
+    assert "the run has stopped itself" in err
 
 
 def test_slurm_failures_are_tried_again_a_bounded_number_of_times(cloud):
@@ -831,12 +842,12 @@ def test_slurm_failures_are_tried_again_a_bounded_number_of_times(cloud):
 
 
 def test_slurm_at_the_end_of_its_time(cloud):
-    cloud.plan(train=["wait", 0], signal=True)
-    process = cloud.start("gpu_slurm.sh", "job", "run", *ARGS, NODES="1")
-    cloud.wait_for("scontrol", 1)
-    (cloud.folder / "finish").touch()
-    _, err = process.communicate(timeout=60)
+    """All processes are told to save, and their end is waited for."""
+    cloud.plan(train=["wait", 0], signal=True, waited=[75, 75])
+    _, err = slurm(cloud, "job", "run", *ARGS, RESTARTS="0")
     assert "the time is almost over" in err
+    assert cloud.log("scancel")[0]["args"] == ["--signal=TERM", "7"]
+    assert names(cloud).index("scancel") < names(cloud).index("scontrol")
     assert cloud.state()["code"] == 0
     assert names(cloud).count("srun") == 2
 
