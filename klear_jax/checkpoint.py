@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -511,7 +512,13 @@ def load_model(
         return hf_weights.load(model_folder(path), dtype=jnp.float32, layout=layout)
     config = hf_weights.read_config(model_folder(path))
     abstract = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
-    if layout is not None:
+    if (
+        layout is None
+    ):  # An array of numpy is what orbax then reads; these take no memory.
+        abstract = jax.tree.map(
+            lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract
+        )
+    else:
         abstract = _placed(abstract, qwen3.params_shardings(config, layout))
     folder = path if _is_checkpoint(path) else _newest_undamaged(path)
     with ocp.CheckpointManager(_absolute(folder.parent)) as manager:
@@ -519,8 +526,7 @@ def load_model(
             int(folder.name),
             args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
         )
-    params = restored.params if layout else jax.device_get(restored.params)
-    return params, config
+    return restored.params, config
 
 
 def _newest_undamaged(workdir: epath.Path) -> epath.Path:

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -385,6 +388,27 @@ def test_finished_run_does_nothing_again(sft_run):
     before = (workdir / "metrics.jsonl").read_text()
     start(config, workdir)
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_model_is_read_where_there_are_fewer_devices(gppo_run):
+    """As on a laptop, after a run on a pod."""
+    workdir, _ = gppo_run
+    code = (
+        "import sys; from klear_jax import checkpoint; import jax; import numpy as np;"
+        "params, _ = checkpoint.load_model(sys.argv[1]);"
+        "print(len(jax.devices()), np.float64(params['embed'].sum()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(workdir)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    params, _ = checkpoint.load_model(workdir)
+    count, total = done.stdout.split()
+    assert count == "1" and float(total) == np.float64(params["embed"].sum())
+    assert isinstance(params["embed"], np.ndarray)
 
 
 def test_export_of_a_run(gppo_run, tmp_path):
