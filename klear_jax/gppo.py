@@ -309,6 +309,7 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
         try:
             for step in bar:
                 preemption.check()
+                whole = not under_way.batches
                 with watch.phase("sample"):
                     samples, (chosen, surplus) = sample(
                         state.params, under_way, step, pool, config, inputs
