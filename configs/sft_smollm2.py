@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.row_tokens = 512
     c.batch_rows = 8  # About 18 problems.
     c.micro_rows = 8
-    c.num_steps = 120  # Of about 30 s each.
+    c.num_steps = 80  # Of about 30 s each.
 
     c.optim.peak_lr = 2e-4
     c.optim.end_lr = 2e-5

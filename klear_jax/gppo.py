@@ -264,7 +264,10 @@ def run(config: GppoConfig) -> None:
     Raises:
         preemption.Preempted: the run was told to end, and has saved how far it came.
     """
-    with routing.make_pool(config.rewards) as pool:
+    with (
+        preemption.watch(config.checkpoint.grace_s),
+        routing.make_pool(config.rewards) as pool,
+    ):
         inputs = read_inputs(config, pool)
         checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
         train(config, inputs, pool)
@@ -279,7 +282,6 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
         ) as checkpoints,
         metrics.Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
         metrics.Compilations() as compilations,
-        preemption.watch(config.checkpoint.grace_s),
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
@@ -370,9 +372,8 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                             config,
                             layout,
                         )
-                if (
-                    found
-                ):  # A step with an update has needed all programs that there are.
+                # A whole step with an update has needed all programs that there are.
+                if whole and found:
                     compilations.close()
                 values["compilations/unplanned"] = compilations.unplanned
                 writer.write(step, values | watch.lap())

@@ -147,8 +147,15 @@ def _loss(config: SftConfig, layout: Layout) -> steps.LossFn:
 
 
 def run(config: SftConfig) -> None:
-    """Trains to the last step, from where the workdir's newest checkpoint stands."""
-    with routing.make_pool(config.rewards) as pool:
+    """Trains to the last step, from where the workdir's newest checkpoint stands.
+
+    Raises:
+        preemption.Preempted: the run was told to end, and has saved how far it came.
+    """
+    with (
+        preemption.watch(config.checkpoint.grace_s),
+        routing.make_pool(config.rewards) as pool,
+    ):
         inputs = read_inputs(config, pool)
         checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
         train(config, inputs, pool)
@@ -258,7 +265,6 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             config.workdir, config.checkpoint, config
         ) as checkpoints,
         Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
-        preemption.watch(config.checkpoint.grace_s),
     ):
         first = checkpoints.steps_done
         state, shardings = checkpoint.train_state(
