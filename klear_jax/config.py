@@ -33,7 +33,7 @@ CONFIG_FILE = (
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs a command; what the user has to see to (`hosts.exit_code`) is one line on stderr."""
+    """Runs a command; an error says its cause (`hosts.cause`) on stderr."""
     # A second run of the same program skips its compilation.
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
         cache = pathlib.Path("~/.cache/klear_jax").expanduser()
@@ -54,11 +54,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
         if jax.distributed.is_initialized():
             hosts.fail(error)
-        code = hosts.exit_code(error)
-        if code == 1:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(code)
+        print(f"error: {hosts.cause(error)}", file=sys.stderr)
+        sys.exit(hosts.exit_code(error))
 
 
 @functools.cache

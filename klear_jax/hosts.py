@@ -114,21 +114,42 @@ def _exchange(x: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(x.view(np.uint8)).view(x.dtype)
 
 
-def exit_code(error: Exception) -> int:
+def exit_code(error: BaseException) -> int:
     """2 for bad input, 3 for a run that has ended itself (`guards`): started again, the
     command would end so again. 1 for all else."""
     codes = {InputError: 2, Stopped: 3}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
 
+# What an error of another library says -> what it means to the user.
+MEANINGS = {
+    "No space left on device": "a disk is full; with room on it, the same command goes on",
+    "Disk quota exceeded": "a disk quota is used up; with more, the same command goes on",
+    "Read-only file system": "a disk cannot be written to any more",
+    "ut of memory": "out of memory; python -m klear_jax.plan shows what a config needs, and "
+    "micro_rows, sampler.num_slots, sampler.pool_tokens and remat change it",
+}
+
+
+def cause(error: BaseException) -> str:
+    """What ended the run: one sentence where that says all, or the traceback."""
+    if exit_code(error) != 1:
+        return str(error)
+    chain: BaseException | None = error
+    while chain is not None:
+        for said, meaning in MEANINGS.items():
+            if lines := [line for line in str(chain).splitlines() if said in line]:
+                return f"{meaning} ({lines[0].strip()[:300]})"
+        chain = chain.__cause__ or chain.__context__
+    return "".join(traceback.format_exception(error))
+
+
 def fail(error: Exception) -> NoReturn:
     """Ends this process with its cause. The others hear of it within HEARTBEAT_S; waiting
     for them, as an exit does, would be for what they wait for from here."""
-    code = exit_code(error)
-    cause = "".join(traceback.format_exception(error)) if code == 1 else str(error)
     try:
         where = f"process {index()} of {count()}"
     except RuntimeError:  # That there are no devices may be the error.
         where = "this process"
-    print(f"error in {where}: {cause}", file=sys.stderr, flush=True)
-    os._exit(code)
+    print(f"error in {where}: {cause(error)}", file=sys.stderr, flush=True)
+    os._exit(exit_code(error))

@@ -18,7 +18,9 @@ from typing import Any
 import jax.monitoring
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from klear_jax import hosts, losses
 
@@ -57,9 +59,14 @@ class Writer:
             if int(file.stem.removeprefix("step_")) >= next_step:
                 file.unlink()
         self._file = (grows / "metrics.jsonl").open("a")
-        # Purges what a killed run may have shown beyond its checkpoint.
-        self._tensorboard = SummaryWriter(
-            str(grows / "tensorboard"), purge_step=next_step, write_to_disk=True
+        # Not SummaryWriter: it writes in a thread, whose end (a full disk) blocks this one.
+        (grows / "tensorboard").mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(
+            str(grows / "tensorboard" / "events"), f".{time.time_ns()}"
+        )
+        # Hides what a killed run may have shown beyond its checkpoint.
+        self._show(
+            Event(step=next_step, session_log=SessionLog(status=SessionLog.START))
         )
 
     @property
@@ -75,7 +82,6 @@ class Writer:
             os.fsync(self._file.fileno())
             return
         self._published = time.monotonic()
-        self._tensorboard.flush()
         beside = pathlib.Path(self._beside)
         for file in beside.rglob("*"):
             if file.is_file():
@@ -95,11 +101,19 @@ class Writer:
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for name, x in finite.items():
-            if x is not None:  # As the length of right answers, where there are none.
-                self._tensorboard.add_scalar(name, x, step)
+        shown = [
+            Summary.Value(tag=name, simple_value=x)
+            for name, x in finite.items()
+            if x is not None  # As the length of right answers, where there are none.
+        ]
+        self._show(Event(step=step, summary=Summary(value=shown)))
         if time.monotonic() - self._published > PUBLISH_S:
             self.publish()
+
+    def _show(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._tensorboard.write_event(event)
+        self._tensorboard.flush()
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes the samples of one step as one file, a JSON line each."""
