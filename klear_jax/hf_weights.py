@@ -127,7 +127,7 @@ def read_json(file: epath.Path) -> Any:
         return json.loads(file.read_text())
     except FileNotFoundError:
         raise InputError(f"{file} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # Not UTF-8 is a ValueError, too.
         raise InputError(f"{file} is not valid JSON: {error}") from None
 
 
@@ -289,8 +289,8 @@ def _find_tensors(path: epath.Path) -> dict[str, _Stored]:
         files = ["model.safetensors"]
     found = {}
     for file in files:
-        if not (path / file).exists():
-            raise InputError(f"{path / file} does not exist")
+        if not (path / file).is_file():
+            raise InputError(f"{path / file} does not exist, or is no file")
         found |= _stored_in(path / file)
     return found
 
@@ -355,6 +355,11 @@ def _layer_names(param: qwen3.Param) -> list[str]:
 
 def _check_names(path, files, config):
     """Lists every missing, unknown and misshapen tensor in one error."""
+    if config.num_layers > len(files):
+        raise InputError(
+            f"{path / 'config.json'} says {config.num_layers} layers, but there are only "
+            f"{len(files)} tensors"
+        )
     expected = {}
     for param in jax.tree.leaves(qwen3.param_table(config)):
         expected |= dict.fromkeys(_layer_names(param), param.hf_shape)

@@ -80,7 +80,7 @@ class Tokenizer:
                 documents=None,
                 **self._named_tokens,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # A template may do anything.
             shown = repr(messages)[:EXCERPT]
             raise InputError(
                 f"{self.path.parent}: the chat template refuses {shown}: {error}"
@@ -123,17 +123,20 @@ def load(path: epath.PathLike) -> Tokenizer:
     """
     path = _vocabulary_file(epath.Path(path))
     config = _read_json(path.parent / "tokenizer_config.json")
-    named = _named_tokens(config)
+    named = _named_tokens(path.parent, config)
     kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
-    special = set(named.values()) | {
-        _text(token) for token in config.get("additional_special_tokens") or ()
-    }
+    more = config.get("additional_special_tokens") or []
+    special = set(named.values()) | {_text(path.parent, token) for token in _list(more)}
     data = path.read_bytes()
     try:
         vocabulary = kind(data, special)
-    except Exception as error:  # tokenizers raises bare Exception.
+        vocabulary.encode("\0é")  # Here, not in a prompt: what the model cannot spell.
+    except BaseException as error:  # tokenizers raises bare ones, and panics of Rust.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise InputError(f"{path} is not a whole tokenizer file: {error}") from error
     source = _template_source(path.parent, config)
+    template = _compile(path.parent, source)
     for marker in (IM_START, IM_END):
         if marker in source and vocabulary.encode(marker) != [vocabulary.id_of(marker)]:
             raise InputError(
@@ -148,7 +151,7 @@ def load(path: epath.PathLike) -> Tokenizer:
         stop_ids=stop_ids,
         fingerprint=hashlib.sha256(made_of).hexdigest()[:16],
         _vocabulary=vocabulary,
-        _template=_compile(path.parent, source),
+        _template=template,
         _named_tokens=named,
     )
 
@@ -321,21 +324,33 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not whole JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object")
     return content
 
 
-def _text(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _text(folder: epath.Path, token: Any) -> str:
+    """The text of a token that is named in tokenizer_config.json, by itself or as an entry."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    try:
+        text.encode()
+    except (AttributeError, UnicodeEncodeError):  # No text, or half a surrogate pair.
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'} names a token {token!r}, which is no text"
+        ) from None
+    return text
+
+
+def _named_tokens(folder: epath.Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Tokens that a chat template may call by name."""
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    return {name: _text(config[name]) for name in names if config.get(name)}
+    return {name: _text(folder, config[name]) for name in names if config.get(name)}
 
 
 def _stop_ids(
@@ -349,9 +364,11 @@ def _stop_ids(
                 f"{path} lacks the eos_token {named['eos_token']!r} of"
                 " tokenizer_config.json"
             )
-    more = _read_json(path.parent / "generation_config.json").get("eos_token_id", [])
-    ids += more if isinstance(more, list) else [more]
-    ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+    file = path.parent / "generation_config.json"
+    more = _list(_read_json(file).get("eos_token_id", []))
+    if wrong := [i for i in more if type(i) is not int and i is not None]:
+        raise InputError(f"{file}: an eos_token_id is a number, not {wrong[0]!r}")
+    ids = tuple(dict.fromkeys(i for i in ids + more if i is not None))
     if not ids:
         raise InputError(
             f"{path}: no token ends a response; name one as eos_token in"
@@ -365,8 +382,10 @@ def _template_source(folder: epath.Path, config: Mapping[str, Any]) -> str:
         return (folder / "chat_template.jinja").read_text()
     source = config.get("chat_template")
     if isinstance(source, list):  # Several templates, each with its name.
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
+        entries = [entry for entry in source if isinstance(entry, Mapping)]
+        found = [x.get("template") for x in entries if x.get("name") == "default"]
+        source = found[-1] if found else None
+    if not source or not isinstance(source, str):
         raise InputError(
             f"{folder} has no chat template (chat_template in tokenizer_config.json,"
             " or chat_template.jinja)"
@@ -385,8 +404,9 @@ def _compile(folder: epath.Path, source: str) -> jinja2.Template:
     # strftime_now is left out: a prompt must not depend on the day. Templates that ask for it
     # have a date of their own for where it is not known.
     try:
+        source.encode()  # No half of a surrogate pair.
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Such as one that is nested too deeply.
         raise InputError(f"{folder}: the chat template is broken: {error}") from error
 
 

@@ -31,7 +31,7 @@ def parse(values: dict[str, Any]) -> tuple[str, Any]:
     """A config's dict -> its task, and the frozen dataclass that the task runs on."""
     values = dict(values)
     task = values.pop("task", None)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise InputError(f"config.task must be one of {sorted(TASKS)}, not {task!r}")
     if not values.get("workdir"):
         raise InputError("name where to write the run: --workdir=DIR or config.workdir")
