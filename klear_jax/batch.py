@@ -305,7 +305,9 @@ def sample_metrics(
         "reward/mean_used": _mean(rollout.reward_B[chosen]),
         "reward/correct": _mean(correct_B[scored_B]),
         "reward/any_correct": _mean(correct_G > 0),
-        "reward/groups_equal": _mean([np.ptp(reward_B[rows]) == 0 for rows in groups]),
+        "reward/groups_equal": _mean(
+            [len(set(reward_B[rows][scored_B[rows]])) <= 1 for rows in groups]
+        ),
         # Shares of groups by how many of their samples are right.
         **{
             f"reward/groups_with_{n}_correct": float(x) for n, x in enumerate(histogram)

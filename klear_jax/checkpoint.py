@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import platform
+import re
 import time
 import types
 import zlib
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, Protocol
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from klear_jax import hf_weights, hosts, qwen3, steps, tokens
+from klear_jax import hf_weights, hosts, preemption, qwen3, steps, tokens
 from klear_jax.config import differences
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout
@@ -44,10 +46,14 @@ MAY_CHANGE = tuple(
         "remat",
         "data.prefetch",
         "checkpoint.",
+        "guards.",
         "rewards.num_workers",
         "rewards.memory_mb",
     )
 )
+
+# What another process writes must be seen.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 BETWEEN, WITHIN = "checkpoints", "preempted"  # Steps of the loop; folders of a workdir.
 DIGESTS = (
@@ -136,13 +142,15 @@ class Checkpoints:
         self._about = _about(run)
         set_aside_damaged(self._workdir)
         keep_best = ocp.checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics[config.keep_best],
+            # One of another start may have been saved for another metric.
+            get_metric_fn=lambda metrics: metrics.get(config.keep_best, -math.inf),
             n=1 if config.keep_best else 0,
             keep_checkpoints_without_metrics=False,
         )
         self._between = ocp.CheckpointManager(
             self._workdir / BETWEEN,
             options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
                 best_fn=keep_best.get_metric_fn if config.keep_best else None,
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
                     [ocp.checkpoint_managers.LatestN(config.keep), keep_best]
@@ -150,7 +158,10 @@ class Checkpoints:
             ),
         )
         self._within = ocp.CheckpointManager(
-            self._workdir / WITHIN, options=ocp.CheckpointManagerOptions(max_to_keep=1)
+            self._workdir / WITHIN,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, cleanup_tmp_directories=True
+            ),
         )
         self._behind = futures.ThreadPoolExecutor(1)
         self._reading_back: futures.Future[None] | None = None
@@ -193,25 +204,40 @@ class Checkpoints:
             metrics: of the last step, in which `keep_best` may be.
         """
         self._wait()
-        if self._newest()[0] is self._between:  # Within an earlier step.
-            for number in self._within.all_steps():
-                self._within.delete(number)
+        self._delete_within()
         name = self._config.keep_best
-        best = {name: metrics.get(name, -math.inf)} if name else None
+        value = metrics.get(name, math.nan)
+        best = {name: -math.inf if math.isnan(value) else value} if name else None
         self._save(self._between, steps_done, steps_done, state, data, under_way, best)
 
     def save_preempted(
-        self, steps_done: int, state: steps.TrainState, data: Data, under_way: Any
+        self,
+        steps_done: int,
+        state: steps.TrainState,
+        data: Data,
+        under_way: Any,
+        *,
+        begun: bool,
     ) -> None:
-        """Saves within a step, and returns when that is written and read back.
+        """Saves within a step, and returns when it is written.
 
         Args:
             steps_done: whole steps.
             under_way: how far the next one has come, as JSON.
+            begun: whether it has: if not, a checkpoint between steps may hold all that.
         """
-        number = (self._within.latest_step() or 0) + 1
-        self._save(self._within, number, steps_done, state, data, under_way)
-        self._wait()
+        if begun or steps_done != (self._between.latest_step() or 0):
+            number = (self._within.latest_step() or 0) + 1
+            self._save(self._within, number, steps_done, state, data, under_way)
+        self._between.wait_until_finished()
+        self._within.wait_until_finished()
+        preemption.saved()
+
+    def _delete_within(self) -> None:
+        """What was saved within a step, when a later step is whole."""
+        if self._newest()[0] is self._between:
+            for number in self._within.all_steps():
+                self._within.delete(number)
 
     def _save(
         self,
@@ -224,8 +250,7 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         start = time.monotonic()
-        self._wait()
-        manager.save(
+        done = manager.save(
             number,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
@@ -236,6 +261,7 @@ class Checkpoints:
             ),
             metrics=metrics,
         )
+        assert done, f"{manager.directory} has a checkpoint after {number}"
         taken = time.monotonic() - start
         self._reading_back = self._behind.submit(
             self._read_back, manager, number, steps_done, start, taken
@@ -304,13 +330,15 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *exc_info: object) -> None:
         try:
             self._wait()
+            if kind is None:
+                self._delete_within()
+            self._behind.shutdown()
+            for manager in (self._between, self._within):
+                manager.close()
         except Exception as error:
             if kind is None:
                 raise
             logging.getLogger(__name__).error("the last checkpoint failed: %s", error)
-        self._behind.shutdown()
-        for manager in (self._between, self._within):
-            manager.close()
 
 
 def _about(run: Any) -> dict[str, Any]:
@@ -342,18 +370,21 @@ def write_digests(folder: epath.Path) -> int:
 
 def damage(folder: epath.Path) -> str:
     """What of a checkpoint is not as it was written; '' if all is. Each process looks at its
-    share, and all say the same."""
-    recorded: dict[str, Any] = {}
+    share, and all say the same. One that was not read back is only looked at."""
     try:
+        recorded: dict[str, Any] = {}
         for file in sorted(folder.glob(DIGESTS.format("*"))):
             recorded |= json.loads(file.read_text())
+        if not recorded:
+            for item in ("data", "under_way", "about"):
+                json.loads((folder / item / "metadata").read_text())
+        there = set(_files(folder))
         found = [
             f"{name} is damaged"
             for name in sorted(recorded)[hosts.index() :: hosts.count()]
-            if not (folder / name).exists()
-            or list(_digest(folder / name)) != recorded[name]
+            if name not in there or list(_digest(folder / name)) != recorded[name]
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         found = [str(error)]
     return "; ".join(text for texts in hosts.gather(found) for text in texts)
 
@@ -381,8 +412,10 @@ def set_aside_damaged(workdir: epath.Path) -> None:
             )
             if hosts.first():
                 aside.mkdir(parents=True, exist_ok=True)
-                tries = sum(1 for _ in aside.glob(f"{name}_{folder}_*"))
+                tries = sum(1 for _ in aside.glob(f"{name}_{folder}_*.txt"))
                 target = aside / f"{name}_{folder}_{tries}"
+                # An object store has no empty folder to move something to.
+                (aside / f"{target.name}.txt").write_text(what + "\n")
                 (workdir / name / folder).rename(target)
             hosts.gather(None)
     if not left and hosts.gather(aside.exists())[0]:
@@ -393,12 +426,17 @@ def set_aside_damaged(workdir: epath.Path) -> None:
 
 
 def _numbered(folder: epath.Path) -> list[str]:
-    """Names of the finished checkpoints there, the oldest first: one that is being written
-    has a longer name."""
+    """Names of the finished checkpoints there, the oldest first. One that is being written has
+    a longer name; on an object store, its own, but not yet orbax's mark."""
     if not folder.exists():
         return []
-    names = [path.name for path in folder.iterdir()]
-    return sorted((name for name in names if name.isdigit()), key=int)
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if re.fullmatch("0|[1-9][0-9]*", path.name)
+        and ("://" not in str(path) or (path / "commit_success.txt").exists())
+    ]
+    return sorted(names, key=int)
 
 
 def _files(folder: epath.Path, prefix: str = "") -> list[str]:
@@ -493,7 +531,7 @@ def is_workdir(path: str | epath.Path) -> bool:
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
-    return path.parent.name == BETWEEN and path.name.isdigit()
+    return path.parent.name == BETWEEN and path.name in _numbered(path.parent)
 
 
 def load_model(
@@ -521,12 +559,23 @@ def load_model(
     else:
         abstract = _placed(abstract, qwen3.params_shardings(config, layout))
     folder = path if _is_checkpoint(path) else _newest_undamaged(path)
-    with ocp.CheckpointManager(_absolute(folder.parent)) as manager:
-        restored = manager.restore(
-            int(folder.name),
-            args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
-        )
-    return restored.params, config
+    try:
+        with ocp.CheckpointManager(_absolute(folder.parent)) as manager:
+            params = manager.restore(
+                int(folder.name),
+                args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
+            ).params
+        jax.tree.map(_check_shape, params, abstract)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{folder} holds no parameters of {model_folder(path) / 'config.json'}: {error}"
+        ) from error
+    return params, config
+
+
+def _check_shape(found: Any, wanted: Any) -> None:
+    if found.shape != wanted.shape:
+        raise ValueError(f"an array is {found.shape}, not {wanted.shape}")
 
 
 def _newest_undamaged(workdir: epath.Path) -> epath.Path:

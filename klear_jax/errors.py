@@ -1,5 +1,7 @@
 """Exceptions that are one sentence to the user, and not worth a second try."""
 
+LONGEST = 10_000  # Characters of a sentence; of more, its beginning.
+
 
 class InputError(ValueError):
     """One sentence that names the file, line or key, and what would be right.
@@ -8,8 +10,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, sentence: str):
-        # Also where it quotes input that has several lines.
-        super().__init__(" ".join(sentence.splitlines()))
+        # Also where it quotes input, which may have several lines, or escapes for a terminal.
+        shown = " ".join(sentence.splitlines())[:LONGEST]
+        super().__init__(
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+        )
 
 
 class Stopped(Exception):

@@ -397,7 +397,11 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
             writer.publish()
             with compilations.open_again():
                 checkpoints.save_preempted(
-                    step, state, inputs.prompts, under_way.to_json()
+                    step,
+                    state,
+                    inputs.prompts,
+                    under_way.to_json(),
+                    begun=under_way.batches > 0,
                 )
             raise
 
@@ -565,6 +569,7 @@ def old_logprobs(
     room = num_micro(config, config.rollout.max_groups) * config.micro_rows
     logp_RT = np.zeros(packed["tokens"].shape, np.float32)
     for start in range(0, len(logp_RT), room):
+        preemption.check()
         part = {name: x[start : start + room] for name, x in packed.items()}
         placed, count = place(part, config.rollout.max_groups, config, layout)
         logp_MBT = jax.device_get(score(params, placed, count))

@@ -131,9 +131,10 @@ def finite(
     if not saved:
         with path.open("wb") as file:
             np.savez(file, **batch)
+    where = f"is in {path}" if saved in ([], [path]) else f"is not saved: {saved[0]} is"
     sentence = (
         f"step {step}: loss {bad[0]['loss']}, gradient norm {bad[0]['grad_norm']}; the batch "
-        f"is in {path if not saved else f'no file, for there is {saved[0]}'}"
+        f"{where}"
     )
     if config.not_finite == "stop":
         raise Stopped(f"{sentence}; the last checkpoint is from before it")

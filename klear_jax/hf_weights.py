@@ -185,7 +185,7 @@ def _field(
     if value is None:
         raise InputError(f"{file} lacks {key!r}")
     fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits or (kind in (int, float) and value <= 0):
+    if not fits or (kind in (int, float) and not 0 < value < 2**53):
         positive = "positive " if kind in (int, float) else ""
         raise InputError(f"{file}: {key} = {value!r} is no {positive}{kind.__name__}")
     return value
@@ -289,7 +289,8 @@ def _find_tensors(path: epath.Path) -> dict[str, _Stored]:
         files = ["model.safetensors"]
     found = {}
     for file in files:
-        if not (path / file).is_file():
+        # To epath, a device is a file.
+        if not (_is_remote(path) or os.path.isfile(path / file)):
             raise InputError(f"{path / file} does not exist, or is no file")
         found |= _stored_in(path / file)
     return found
@@ -333,7 +334,7 @@ def _read_header(file: epath.Path) -> dict[str, _Stored]:
             found[name] = _Stored(
                 file, tuple(entry["shape"]), dtype, 8 + length + start
             )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} is damaged or cut off: {error}") from None
     return found
 

@@ -2,6 +2,7 @@
 where the time goes, what was compiled; and the metrics that sum up a step."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -50,11 +51,13 @@ class Writer:
         self._published = time.monotonic()
         grows = pathlib.Path(self._beside or workdir)
         path = self._workdir / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) < next_step]
-        (grows / "metrics.jsonl").write_text("".join(kept))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = itertools.takewhile(lambda line: _step_of(line) < next_step, lines)
+        whole = b"".join(kept)
+        if self._beside is not None:
+            (grows / "metrics.jsonl").write_bytes(whole)
+        elif lines:  # Never written anew: a full disk would then take it all.
+            os.truncate(path, len(whole))
         for file in self._rollouts.glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) >= next_step:
                 file.unlink()
@@ -121,7 +124,13 @@ class Writer:
             return
         self._rollouts.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self._rollouts / f"step_{step:06d}.jsonl").write_text(text)
+        with (self._rollouts / f"step_{step:06d}.jsonl").open(
+            "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+            if self._beside is None:
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         if not self._active:
@@ -144,7 +153,7 @@ def _appends(workdir: str | epath.Path) -> bool:
     return "://" not in str(workdir)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a metrics line; a line cut off by a kill counts as beyond the end."""
     try:
         return json.loads(line)["step"]

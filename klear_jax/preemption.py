@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 from klear_jax import hosts
 
+# Between two signals that are one: a process and its parent, which tells it again.
+SAME_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # EX_TEMPFAIL of sysexits.h: the same command goes on. Launch scripts know it.
 EXIT_CODE = 75
@@ -31,6 +33,7 @@ class _Notice:
 
     def __init__(self, grace_s: float):
         self.told = threading.Event()
+        self.saved = False
         self._grace_s = grace_s
         # Signal numbers, written by the interpreter's own handler, whatever runs.
         self._reader, self.writer = os.pipe()
@@ -49,14 +52,17 @@ class _Notice:
         while True:
             left = deadline and max(0.0, deadline - time.monotonic())
             if not select.select([self._reader], [], [], left)[0]:
-                _end(f"not saved within {self._grace_s:g} s; the last checkpoint stays")
+                what = "saved" if self.saved else "not saved; the last checkpoint stays"
+                _end(f"{self._grace_s:g} s are over: {what}")
             (number,) = os.read(self._reader, 1)
             if not number:
                 return
             if number not in SIGNALS:
                 continue
             name = signal.Signals(number).name
-            if self.told.is_set():
+            if deadline and deadline - time.monotonic() > self._grace_s - SAME_S:
+                continue
+            if deadline:
                 _end(f"{name} again: ended without saving")
             self.told.set()
             deadline = time.monotonic() + self._grace_s
@@ -81,14 +87,15 @@ def watch(grace_s: float) -> Iterator[None]:
         yield
         return
     _notice = _Notice(grace_s)
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(_notice.writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # What was told once is ending; who tells it again would cut that off.
+            signal.signal(number, signal.SIG_IGN if _notice.told.is_set() else handler)
+        signal.set_wakeup_fd(wakeup)
         _notice.close()
         _notice = None
 
@@ -97,6 +104,12 @@ def check() -> None:
     """Raises Preempted once any process was told to end. All call it as often as each other."""
     if _notice is not None and hosts.any_of(_notice.told.is_set()):
         raise Preempted
+
+
+def saved() -> None:
+    """The run has saved: what follows may be cut off."""
+    if _notice is not None:
+        _notice.saved = True
 
 
 def _say(text: str) -> None:

@@ -362,7 +362,9 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             while unread:
                 write(*read_oldest())
             writer.publish()
-            checkpoints.save_preempted(step, state, data.iterator, values)
+            checkpoints.save_preempted(
+                step, state, data.iterator, values, begun=values is not None
+            )
             raise
 
 

@@ -70,14 +70,19 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda update: -learning_rate * update, updates)
     params = optax.apply_updates(state.params, updates)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss"] + grad_norm)
+    state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        TrainState(state.step + 1, params, opt_state),
+        state,
+    )
     metrics |= {
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(state.params),
     }
-    finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
-    new = TrainState(state.step + 1, params, opt_state)
-    return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state), metrics
+    return state, metrics
 
 
 def accumulate(

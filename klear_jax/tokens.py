@@ -269,7 +269,17 @@ class _HuggingFace:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (
+            BaseException
+        ) as error:  # A bare one, or a panic of Rust, as for long spaces.
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            shown = repr(text[:EXCERPT])
+            raise InputError(
+                f"the tokenizer fails on a text of {len(text)} characters, {shown}: {error}"
+            ) from error
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -366,8 +376,10 @@ def _stop_ids(
             )
     file = path.parent / "generation_config.json"
     more = _list(_read_json(file).get("eos_token_id", []))
-    if wrong := [i for i in more if type(i) is not int and i is not None]:
-        raise InputError(f"{file}: an eos_token_id is a number, not {wrong[0]!r}")
+    if wrong := [i for i in more if i is not None and not _is_id(i, vocabulary.size)]:
+        raise InputError(
+            f"{file}: an eos_token_id is a number below {vocabulary.size}, not {wrong[0]!r}"
+        )
     ids = tuple(dict.fromkeys(i for i in ids + more if i is not None))
     if not ids:
         raise InputError(
@@ -377,9 +389,18 @@ def _stop_ids(
     return ids
 
 
+def _is_id(value: Any, size: int) -> bool:
+    return type(value) is int and 0 <= value < size
+
+
 def _template_source(folder: epath.Path, config: Mapping[str, Any]) -> str:
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
+        try:
+            return (folder / "chat_template.jinja").read_text()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{folder / 'chat_template.jinja'} is no text: {error}"
+            ) from None
     source = config.get("chat_template")
     if isinstance(source, list):  # Several templates, each with its name.
         entries = [entry for entry in source if isinstance(entry, Mapping)]

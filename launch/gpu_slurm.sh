@@ -52,13 +52,13 @@ run() {
 }
 
 _job() { # Once for the whole job, on its first node.
-  local words code=0 step task last=$logs/last_$SLURM_JOB_ID restarts=$logs/restarts_$SLURM_JOB_ID
+  local words code=0 step told late='' task last=$logs/last_$SLURM_JOB_ID restarts=$logs/restarts_$SLURM_JOB_ID
   local saved=$logs/saved_$SLURM_JOB_ID
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ ! -e "$saved" ]; then
     may_restart "$restarts" || fail "given up after $RESTARTS restarts in $RESTART_HOURS hours" 1
   fi
   rm -f "$last" "$saved"
-  trap 'say "the time is almost over: saving"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+  trap 'told=1; say "the time is almost over: saving"; tell_all' USR1
   read -ra words <<<"${SRUN_FLAGS:-}"
   # JAX takes the GPU that has the process's number on the node, so each must see all of the
   # node's; --gpus-per-task would show it one, and keep NCCL from reaching the others directly.
@@ -67,11 +67,12 @@ _job() { # Once for the whole job, on its first node.
     --output="$logs/task_%t.log" --open-mode=append ${words[@]+"${words[@]}"} \
     bash launch/gpu_slurm.sh "$name" _task "$@" &
   step=$!
-  wait $step || code=$?
-  while kill -0 $step 2>/dev/null; do # A signal ends the waiting, not the step.
-    code=0
+  while true; do
+    told='' code=0
     wait $step || code=$?
+    [ "$told" ] || break # A signal ends the waiting, not the step.
   done
+  [ ! "$late" ] || kill "$late" 2>/dev/null || true
   if [ -e "$last" ]; then
     read -r task code <"$last"
     tail -n 5 "$logs/task_$task.log" >&2
@@ -79,10 +80,15 @@ _job() { # Once for the whole job, on its first node.
   fi
   [ "$code" = 0 ] && return
   say "srun ended with $code"
-  [ "$code" != "$PREEMPTED" ] || touch "$saved"
   sleep "${REQUEUE_SECONDS:-10}" # If it is Slurm that ends the job, it ends this script too.
   requeue
   exit "$code"
+}
+
+tell_all() { # To save. A step that does not end is not waited for until the time is over.
+  scancel --signal=TERM "$SLURM_JOB_ID" || true
+  (sleep "${SAVE_SECONDS:-200}" 3>&- 4>&- >/dev/null 2>&1 && requeue) &
+  late=$!
 }
 
 requeue() { # Unless the job is preempted, which Slurm sees to, or cancelled, which is meant.
@@ -91,14 +97,22 @@ requeue() { # Unless the job is preempted, which Slurm sees to, or cancelled, wh
 }
 
 _task() { # Once for each GPU.
-  local code=0
-  trap : TERM # For the command, which saves; this shell, told too, waits for it.
+  local code=0 child told
   source launch/flags.sh
   gpu_flags
   read_command "$@"
   [ ! "$workdir" ] || JAX_COMPILATION_CACHE_DIR=$(cache_of "$workdir")
   export JAX_COMPILATION_CACHE_DIR PYTHONUNBUFFERED=1
-  .venv/bin/python -m "klear_jax.$module" "${flags[@]}" || code=$?
+  # Slurm may tell this shell alone to end, which is not to end before the command has saved.
+  trap 'told=1; kill -TERM "$child" 2>/dev/null || true' TERM
+  .venv/bin/python -m "klear_jax.$module" "${flags[@]}" &
+  child=$!
+  while true; do
+    told='' code=0
+    wait $child || code=$?
+    [ "$told" ] || break
+  done
+  [ $code != "$PREEMPTED" ] || touch "$logs/saved_$SLURM_JOB_ID"
   # Of the codes of all, srun ends with the highest: that of those it has killed.
   ! final $code >/dev/null || echo "$SLURM_PROCID $code" >"$logs/last_$SLURM_JOB_ID"
   exit $code

@@ -7,4 +7,5 @@ setup ".[test]"
 ruff check --quiet .
 ruff format --quiet --check .
 # A file stays in one process: its tests share compiled programs.
-python -m pytest --numprocesses="${TEST_PROCESSES:-2}" --dist=loadfile "$@"
+python -m pytest --numprocesses="${TEST_PROCESSES:-2}" --dist=loadfile \
+  --no-loadscope-reorder "$@"

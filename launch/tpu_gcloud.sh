@@ -138,6 +138,7 @@ read_workers() { # What they said last: counts, and the worker that failed first
   running=0 finished=0 other='' taken='' bytes=0 failed='' running_id=''
   while read -r where its_id its_owner its_key its_state its_bytes its_end; do
     [ "$its_owner" = "$owner" ] || [ "$its_owner" = - ] || taken=1
+    [[ $its_bytes$its_end =~ ^[0-9]+$ ]] || continue # Arithmetic would run what is no number.
     [ "$where" != 0.0 ] || bytes=$its_bytes
     if [ "$its_state" = running ]; then
       running=$((running + 1)) running_id=$its_id

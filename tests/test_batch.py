@@ -256,6 +256,7 @@ def test_sample_metrics():
             "reward/mean_used": -1.5 / 5,
             "reward/correct": 4 / 8,
             "reward/any_correct": 2 / 3,
+            "reward/groups_equal": 1 / 3,
             "reward/groups_with_0_correct": 1 / 3,
             "reward/groups_with_1_correct": 1 / 3,
             "reward/groups_with_2_correct": 0,

@@ -94,8 +94,10 @@ def test_the_best_is_kept_as_well(tmp_path):
 def test_within_a_step_goes_before_the_step_and_after_a_later_one(tmp_path):
     saved(tmp_path, 3)
     with opened(tmp_path) as checkpoints:
-        checkpoints.save_preempted(3, make_state(3.25), Data(31), "a quarter")
-        checkpoints.save_preempted(3, make_state(3.5), Data(32), "a half")
+        checkpoints.save_preempted(
+            3, make_state(3.25), Data(31), "a quarter", begun=True
+        )
+        checkpoints.save_preempted(3, make_state(3.5), Data(32), "a half", begun=True)
     assert len(numbers(tmp_path / "preempted")) == 1
     with opened(tmp_path) as checkpoints:
         assert checkpoints.steps_done == 3
@@ -108,10 +110,36 @@ def test_within_a_step_goes_before_the_step_and_after_a_later_one(tmp_path):
         assert restored(checkpoints) == (5.0, 50)
 
 
+def test_what_is_saved_already_is_not_saved_again(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save_preempted(0, make_state(0.0), Data(), None, begun=False)
+        checkpoints.save(1, make_state(1.0), Data(), None)
+        checkpoints.save_preempted(1, make_state(1.0), Data(), None, begun=False)
+        assert not numbers(tmp_path / "preempted")
+        checkpoints.save_preempted(2, make_state(2.0), Data(), None, begun=False)
+        assert numbers(tmp_path / "preempted") == [1]
+
+
+def test_what_was_saved_within_a_step_goes_at_the_end_of_the_run(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save_preempted(0, make_state(0.5), Data(), None, begun=True)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1.0), Data(), None)
+    assert not numbers(tmp_path / "preempted")
+
+
+def test_another_metric_may_say_what_is_best(tmp_path):
+    for name, number in (("a", 1), ("b", 2), ("b", 3)):
+        with opened(tmp_path, keep=1, keep_best=name) as checkpoints:
+            score = {name: float("nan") if number == 3 else 0.5}
+            checkpoints.save(number, make_state(1.0), Data(), None, score)
+    assert numbers(tmp_path / "checkpoints") == [2, 3]
+
+
 def test_a_run_preempted_in_its_first_step(tmp_path):
     with opened(tmp_path) as checkpoints:
         assert checkpoints.empty and checkpoints.under_way() is None
-        checkpoints.save_preempted(0, make_state(0.5), Data(5), "begun")
+        checkpoints.save_preempted(0, make_state(0.5), Data(5), "begun", begun=True)
     with opened(tmp_path) as checkpoints:
         assert checkpoints.steps_done == 0 and not checkpoints.empty
         assert restored(checkpoints) == (0.5, 5)
@@ -140,7 +168,7 @@ def test_whatever_file_is_damaged_the_one_before_is_used(
     number, before = ("2", 1.0)
     if folder == "preempted":
         with opened(whole) as checkpoints:
-            checkpoints.save_preempted(2, make_state(2.5), Data(), None)
+            checkpoints.save_preempted(2, make_state(2.5), Data(), None, begun=True)
         number, before = ("1", 2.0)
     target = whole / folder / number
     files = [
@@ -159,9 +187,11 @@ def test_whatever_file_is_damaged_the_one_before_is_used(
             # What the run would do next: the same number again.
             checkpoints.save(2 if before == 1 else 3, make_state(7.0), Data(), None)
         assert "DAMAGED CHECKPOINT" in caplog.text
-        assert [path.name for path in (workdir / "damaged").iterdir()] == [
-            f"{folder}_{number}_0"
-        ]
+        aside = workdir / "damaged" / f"{folder}_{number}_0"
+        assert (
+            aside.is_dir()
+            and aside.with_suffix(".txt").read_text().strip() in caplog.text
+        )
         with opened(workdir) as checkpoints:
             assert restored(checkpoints)[0] == 7.0
         shutil.rmtree(workdir)
@@ -191,6 +221,24 @@ def test_one_that_was_not_read_back_is_used(tmp_path):
     (tmp_path / "checkpoints/2/digests.0.json").unlink()
     with opened(tmp_path) as checkpoints:
         assert restored(checkpoints) == (2.0, 20)
+
+
+def test_one_that_was_neither_read_back_nor_written_whole(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "checkpoints/2/digests.0.json").unlink()
+    truncate(tmp_path / "checkpoints/2/data/metadata")
+    with opened(tmp_path) as checkpoints:
+        assert restored(checkpoints) == (1.0, 10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "[" * 100_000, '{"/dev/zero": [1, 1]}', '{"../../x": [1, 1]}', "{}x"],
+)
+def test_digests_of_a_stranger(tmp_path, text):
+    saved(tmp_path, 1)
+    (tmp_path / "checkpoints/1/digests.0.json").write_text(text)
+    assert checkpoint.damage(epath.Path(tmp_path / "checkpoints/1"))
 
 
 def test_a_checkpoint_of_other_software_is_said(tmp_path, caplog, monkeypatch):

@@ -514,3 +514,20 @@ def test_missing_empty_and_broken_data(tmp_path, prepared):
     assert examples.read_examples(tmp_path, "rl")
     with pytest.raises(InputError, match=r"test.*(cannot be read|truncated)"):
         examples.read_examples(tmp_path, "test")
+
+
+def test_a_data_set_of_a_stranger_runs_no_code(tmp_path, monkeypatch):
+    """TFDS would import the module that a features.json names, such as a file beside it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "payload" / "1.0.0"
+    folder.mkdir(parents=True)
+    (tmp_path / "payload" / "__init__.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')"
+    )
+    (folder / "dataset_info.json").write_text('{"name": "x", "version": "1.0.0"}')
+    for key in ("pythonClassName", "type"):
+        content = {key: "payload.Feature", "jsonFeature": {"json": "{}"}, "content": {}}
+        (folder / "features.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"is a broken data set|cannot be read"):
+            examples.read_examples(folder, "train")
+    assert not (tmp_path / "ran").exists()

@@ -168,10 +168,15 @@ def train():
             os.execvp("sleep", ["sleep", "50"])
         code = 1
     if code == "wait":
-        import time
-        while not os.path.exists(f"{HERE}/finish"):
+        import signal, time
+        told = []
+        signal.signal(signal.SIGTERM, lambda *_: told.append(75))
+        open(f"{HERE}/shell of {where}", "w").write(str(os.getppid()))
+        while not told and not os.path.exists(f"{HERE}/finish"):
             time.sleep(0.02)
-        code = take("waited", 0)
+        if told:
+            time.sleep(0.3)  # As long as it takes to save.
+        code = told[0] if told else 0
     if code == 2:
         print("error: no such key", file=sys.stderr)
     sys.exit(code)
@@ -188,7 +193,7 @@ def sbatch():
         env = os.environ | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(count)}
         job = subprocess.Popen(["bash", spool, *args[end + 1:]], env=env)
         if read().get("signal") and count == 0:
-            while not os.path.exists(f"{HERE}/starts of 0"):
+            while not os.path.exists(f"{HERE}/shell of 0"):
                 time.sleep(0.02)
             job.send_signal(signal.SIGUSR1)
         write(code=job.wait())
@@ -210,9 +215,12 @@ def srun():
     sys.exit(75 if 75 in codes else 137 if any(codes) else 0)
 
 
-def scancel():
+def scancel():  # Tells the shells of the tasks alone, as Slurm may.
+    import signal
     record()
-    open(f"{HERE}/finish", "w").close()
+    for name in os.listdir(HERE):
+        if name.startswith("shell of "):
+            os.kill(int(open(f"{HERE}/{name}").read()), signal.SIGTERM)
 
 
 def scontrol():
@@ -843,7 +851,7 @@ def test_slurm_failures_are_tried_again_a_bounded_number_of_times(cloud):
 
 def test_slurm_at_the_end_of_its_time(cloud):
     """All processes are told to save, and their end is waited for."""
-    cloud.plan(train=["wait", 0], signal=True, waited=[75, 75])
+    cloud.plan(train=[{"0": "wait", "others": 0}, 0], signal=True)
     _, err = slurm(cloud, "job", "run", *ARGS, RESTARTS="0")
     assert "the time is almost over" in err
     assert cloud.log("scancel")[0]["args"] == ["--signal=TERM", "7"]

@@ -74,12 +74,12 @@ def _to_rows(table: pyarrow.Table) -> Iterator[Mapping[str, Any] | bytes]:
     """The rows; b"" for one that Python cannot hold, such as a date in the year 30,000."""
     try:
         yield from table.to_pylist()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):  # KeyError: an unknown time zone.
         for i in range(len(table)):
             try:
                 [row] = table[i : i + 1].to_pylist()
                 yield row
-            except (ValueError, OverflowError):
+            except (ValueError, OverflowError, KeyError):
                 yield b""
 
 
@@ -88,7 +88,7 @@ def find(patterns: str) -> list[str]:
     found = []
     for pattern in map(str.strip, patterns.split(",")):
         paths = [pattern] if "://" in pattern else sorted(glob.glob(pattern))
-        paths = [path for path in paths if epath.Path(path).is_file()]
+        paths = [path for path in paths if _is_file(path)]
         if not paths:
             raise InputError(f"no file at {pattern!r}")
         for path in paths:
@@ -96,6 +96,11 @@ def find(patterns: str) -> list[str]:
                 raise InputError(f"the name of the file {path!r} is no printable text")
         found += paths
     return found
+
+
+def _is_file(path: str) -> bool:
+    """To epath, a device is one."""
+    return epath.Path(path).is_file() if "://" in path else os.path.isfile(path)
 
 
 def file_size(path: str) -> int:
@@ -186,6 +191,8 @@ def _parquet_parts(
             seen += batch.num_rows
             if size >= part_bytes or seen == num_rows:
                 table = pyarrow.Table.from_batches(batches)
-                read = size_on_disk * len(table) // num_rows
+                read = size_on_disk * len(table) // max(num_rows, 1)
                 yield Part(path, first, None, table, read)
                 first, batches, size = seen + 1, [], 0
+        if seen != num_rows:
+            raise OSError(f"its footer says {num_rows} rows, it holds {seen}")

@@ -193,12 +193,27 @@ def write_metadata(
     )
 
 
+def _known_feature(name: str) -> type:
+    """The feature that a features.json names. TFDS would import the module of any other: a
+    file beside the data."""
+    known = tfds.features.FeatureConnector._registered_features
+    if name not in known:
+        raise ValueError(f"features.json names {name!r}, which is no feature of TFDS")
+    return known[name]
+
+
+tfds.features.FeatureConnector.cls_from_name = staticmethod(_known_feature)
+
+
 def read_metadata(folder: epath.PathLike) -> dict[str, Any] | None:
     """What `write_metadata` was given; None for a data set that is not from here."""
     info = read_builder(folder).info
     if not info.metadata or "made_with" not in info.metadata:
         return None
-    return {key: json.loads(value) for key, value in info.metadata.items()}
+    try:
+        return {key: json.loads(value) for key, value in info.metadata.items()}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder}: metadata.json is broken: {error}") from None
 
 
 def read_builder(folder: epath.PathLike) -> tfds.core.DatasetBuilder:
