@@ -156,45 +156,45 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize(
-    "harm", [flip, truncate, lambda file: file.unlink()], ids=["flip", "cut", "delete"]
-)
-@pytest.mark.parametrize("folder", ["checkpoints", "preempted"])
-def test_whatever_file_is_damaged_the_one_before_is_used(
-    tmp_path, caplog, folder, harm
-):
-    whole = tmp_path / "whole"
-    saved(whole, 1, 2)
-    number, before = ("2", 1.0)
-    if folder == "preempted":
-        with opened(whole) as checkpoints:
-            checkpoints.save_preempted(2, make_state(2.5), Data(), None, begun=True)
-        number, before = ("1", 2.0)
-    target = whole / folder / number
-    files = [
-        path for path in target.rglob("*") if path.is_file() and path.stat().st_size
-    ]
+@pytest.mark.parametrize("folder", ["checkpoints/2", "preempted/1"])
+def test_whatever_file_is_damaged_it_is_seen(tmp_path, folder):
+    saved(tmp_path, 1, 2)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save_preempted(2, make_state(2.5), Data(), None, begun=True)
+    target = epath.Path(tmp_path / folder)
+    assert checkpoint.damage(target) == ""
+    files = [path for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert len(files) > 10
     for file in files:
-        if file.name.startswith("digests") and harm not in (flip, truncate):
-            continue  # As if it had been killed before it was read back.
-        workdir = tmp_path / "harmed"
-        shutil.copytree(whole, workdir)
-        harm(workdir / file.relative_to(whole))
-        caplog.clear()
-        with caplog.at_level(logging.ERROR), opened(workdir) as checkpoints:
-            assert restored(checkpoints)[0] == before, file
-            # What the run would do next: the same number again.
-            checkpoints.save(2 if before == 1 else 3, make_state(7.0), Data(), None)
-        assert "DAMAGED CHECKPOINT" in caplog.text
-        aside = workdir / "damaged" / f"{folder}_{number}_0"
-        assert (
-            aside.is_dir()
-            and aside.with_suffix(".txt").read_text().strip() in caplog.text
-        )
-        with opened(workdir) as checkpoints:
-            assert restored(checkpoints)[0] == 7.0
-        shutil.rmtree(workdir)
+        whole = file.read_bytes()
+        for harm in (flip, truncate) if whole else ():
+            harm(file)
+            assert checkpoint.damage(target), (file, harm)
+        file.unlink()
+        # Without its digests, it is as if it had been killed before it was read back.
+        assert checkpoint.damage(target) or file.name.startswith("digests"), file
+        file.write_bytes(whole)
+    assert checkpoint.damage(target) == ""
+
+
+@pytest.mark.parametrize(
+    "folder, before", [("checkpoints/2", 1.0), ("preempted/1", 2.0)]
+)
+def test_the_one_before_a_damaged_one_is_used(tmp_path, caplog, folder, before):
+    saved(tmp_path, 1, 2)
+    if folder == "preempted/1":
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save_preempted(2, make_state(2.5), Data(), None, begun=True)
+    flip(next((tmp_path / folder / "params/d").iterdir()))
+    with caplog.at_level(logging.ERROR), opened(tmp_path) as checkpoints:
+        assert restored(checkpoints)[0] == before
+        # What the run would do next: the same number again.
+        checkpoints.save(int(before) + 1, make_state(7.0), Data(), None)
+    assert "DAMAGED CHECKPOINT" in caplog.text
+    aside = tmp_path / "damaged" / f"{folder.replace('/', '_')}_0"
+    assert aside.is_dir() and "params/d/" in aside.with_suffix(".txt").read_text()
+    with opened(tmp_path) as checkpoints:
+        assert restored(checkpoints)[0] == 7.0
 
 
 def test_when_none_is_left_the_run_does_not_begin_anew(tmp_path):

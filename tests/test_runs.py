@@ -258,35 +258,11 @@ def test_gppo_killed_and_resumed_equals_undisturbed(gppo_run, tmp_path, monkeypa
 NOT_DRAWN_AGAIN = ("sampler/",)
 
 
-@pytest.mark.parametrize("every", [5])
-def test_sft_preempted_and_resumed_equals_undisturbed(
-    sft_run, tmp_path, monkeypatch, every
-):
+def test_sft_preempted_and_resumed_equals_undisturbed(sft_run, tmp_path, monkeypatch):
     """Looks are one a step, and many in the evaluation at the end."""
     workdir, config = sft_run
-    assert start_and_preempt(config, tmp_path / "run", monkeypatch, every) > 1
+    assert start_and_preempt(config, tmp_path / "run", monkeypatch, every=5) > 1
     assert_same_run(workdir, tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    "every, rollouts",
-    [
-        (7, {"prompts": 4, "max_groups": 6, "max_batches": 2, "surplus": "carry"}),
-        (14, {"finish_fraction": 0.5, "prompts": 16, "max_groups": 24}),
-    ],
-)
-def test_gppo_preempted_and_resumed_equals_undisturbed(
-    data, tmp_path, monkeypatch, every, rollouts
-):
-    """While it samples, waits for rewards, between updates, in an evaluation."""
-    config = small_gppo(data)
-    config.rollout.update(rollouts)
-    config.sampler.num_slots, config.sampler.decode_steps = 24, 2
-    config.evaluation.every = 4
-    monkeypatch.setattr(rollout, "PREEMPTION_CALLS", 5)
-    start(config, tmp_path / "whole")
-    assert start_and_preempt(config, tmp_path / "run", monkeypatch, every) > 3
-    assert_same_run(tmp_path / "whole", tmp_path / "run", NOT_DRAWN_AGAIN)
 
 
 def test_a_run_goes_on_with_fewer_devices(sft_run, tmp_path, monkeypatch):
@@ -319,7 +295,9 @@ def test_a_run_goes_on_with_fewer_devices(sft_run, tmp_path, monkeypatch):
 
 def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
     """Phases end when half of their groups are complete; the others go on in the next,
-    also when the process that began them was killed."""
+    also when the process that began them was killed. A phase that is preempted begins
+    again."""
+    monkeypatch.setattr(rollout, "PREEMPTION_CALLS", 3)
     config = small_gppo(data)
     config.rollout.finish_fraction = 0.5
     config.rollout.prompts, config.rollout.max_groups = 16, 24
@@ -329,6 +307,8 @@ def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert start_and_preempt(config, tmp_path / "told", monkeypatch, every=14) > 3
+    assert_same_run(tmp_path / "whole", tmp_path / "told", NOT_DRAWN_AGAIN)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[2]["samples/groups_going_on"] > 0  # In the checkpoint before the kill.
     assert all(line["samples/tokens_carried"] > 0 for line in lines[1:])
@@ -344,14 +324,20 @@ def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
 
 def test_surplus_and_refill_survive_a_kill(data, tmp_path, monkeypatch):
     """4 groups a batch, 6 a step: one step needs two batches and leaves two groups, with
-    which the next step needs one batch."""
+    which the next step needs one batch. Preempted, it goes on where it stood: in a batch,
+    waiting for rewards, between updates, in an evaluation."""
+    monkeypatch.setattr(rollout, "PREEMPTION_CALLS", 5)
     config = small_gppo(data)
     config.rollout.prompts, config.rollout.max_groups = 4, 6
     config.rollout.max_batches, config.rollout.surplus = 2, "carry"
+    config.sampler.num_slots, config.sampler.decode_steps = 24, 2
+    config.evaluation.every = 4
     start(config, tmp_path / "whole")
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert start_and_preempt(config, tmp_path / "told", monkeypatch, every=7) > 3
+    assert_same_run(tmp_path / "whole", tmp_path / "told", NOT_DRAWN_AGAIN)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     batches = [line["sampler/batches"] for line in lines]
     assert batches == [2, 1] * 3
