@@ -102,6 +102,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.num_samples = 32  # [P] Fig. 2a; Table 1 has 64.
     c.evaluation.every = 5  # [R] Rollout batches.
 
-    c.checkpoint = sections.checkpoint(every=5, keep=2)  # [R] [ours] 98 GB each.
+    c.checkpoint = sections.checkpoint(every=5, keep=2)  # [R], [ours] of 98 GB.
     c.guards = sections.gppo_guards()
     return c

@@ -175,9 +175,8 @@ def sft_guards() -> ml_collections.ConfigDict:
     # An update whose loss or gradient is no number: 'stop' the run, or 'skip' it; either way
     # it changes nothing, and the first such batch is saved.
     c.not_finite = "stop"  # [ours]
-    c.limits = (
-        ml_collections.ConfigDict()
-    )  # Beyond them the run warns. None left: no guard.
+    # Beyond them the run warns; what is not named is not watched.
+    c.limits = ml_collections.ConfigDict()
     c.limits.grad_norm = 100.0  # [ours] Before it is clipped.
     # Names of limits that end the run, with exit code 3.
     c.stop = ()  # [ours] A warning is no reason to lose a night.

@@ -56,9 +56,8 @@ MAY_CHANGE = tuple(
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 BETWEEN, WITHIN = "checkpoints", "preempted"  # Steps of the loop; folders of a workdir.
-DIGESTS = (
-    "digests.{}.json"  # In a checkpoint, by the process that has read the files back.
-)
+# A file in a checkpoint, by the process that has read its share back.
+DIGESTS = "digests.{}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +344,7 @@ def _about(run: Any) -> dict[str, Any]:
     """What a checkpoint says of where it comes from."""
     config = dataclasses.asdict(run)
     text = json.dumps(config, sort_keys=True)
-    packages = ("klear_jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+    packages = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
     return {
         "config": config,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),

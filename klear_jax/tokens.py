@@ -3,13 +3,14 @@
 The only file that knows a tokenizer library or jinja.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -128,13 +129,9 @@ def load(path: epath.PathLike) -> Tokenizer:
     more = config.get("additional_special_tokens") or []
     special = set(named.values()) | {_text(path.parent, token) for token in _list(more)}
     data = path.read_bytes()
-    try:
+    with _refusal(f"{path} is not a whole tokenizer file"):
         vocabulary = kind(data, special)
         vocabulary.encode("\0é")  # Here, not in a prompt: what the model cannot spell.
-    except BaseException as error:  # tokenizers raises bare ones, and panics of Rust.
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise InputError(f"{path} is not a whole tokenizer file: {error}") from error
     source = _template_source(path.parent, config)
     template = _compile(path.parent, source)
     for marker in (IM_START, IM_END):
@@ -255,6 +252,18 @@ def train_sentencepiece(
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
+@contextlib.contextmanager
+def _refusal(sentence: str) -> Iterator[None]:
+    """What goes wrong within is an InputError: tokenizers raises bare exceptions, and panics
+    of Rust, which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{sentence}: {error}") from error
+
+
 class _HuggingFace:
     """The vocabulary of a tokenizer.json, which itself says which tokens are special."""
 
@@ -269,17 +278,9 @@ class _HuggingFace:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        try:
+        what = f"a text of {len(text)} characters, {text[:EXCERPT]!r}"
+        with _refusal(f"the tokenizer fails on {what}"):  # Such as millions of spaces.
             return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (
-            BaseException
-        ) as error:  # A bare one, or a panic of Rust, as for long spaces.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            shown = repr(text[:EXCERPT])
-            raise InputError(
-                f"the tokenizer fails on a text of {len(text)} characters, {shown}: {error}"
-            ) from error
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -30,7 +30,8 @@
 #   SLICES=1                       how many slices of that kind
 #   SPOT=1, RESERVED=1             instead of on demand
 #   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then it gives up; a
-#                                  run that was told to end, and saved, is not counted
+#                                  run that was told to end, and saved, is not counted, but for
+#                                  one whose pod is gone before it can be asked
 #   POLL_SECONDS=30                between looks at the workers
 #   PATIENCE_SECONDS=900           with workers that do not answer, or cannot be installed, though
 #                                  the pod seems healthy; then it is made anew

@@ -20,15 +20,17 @@ import sys
 import tempfile
 import time
 
+import jax
 import numpy as np
+import tokenizers
 
 from configs import gppo_tiny, sft_tiny
-from klear_jax import config, hf_weights, tokens, train
+from klear_jax import config, hf_weights, qwen3, tokens, train
 from klear_jax.data import rows
 from klear_jax.errors import InputError
 from klear_jax.rewards import math
 
-LIMIT_S = 5.0  # Of an input; a response to math has more, see `responses`.
+LIMIT_S = 5.0  # Of an input; math-verify has its own limit.
 VALUES = (
     None, True, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", " ", "x", "\u0000", "\ud800", "../../etc/passwd", "/", "é" * 50, "9" * 5_000,
@@ -160,10 +162,6 @@ def hugging_face(rng, folder):
     good.mkdir()
     (good / "config.json").write_text(json.dumps(HF_CONFIG))
     model = hf_weights.read_config(good)
-    import jax
-
-    from klear_jax import qwen3
-
     hf_weights.save(good, qwen3.init_params(model, jax.random.key(0)), model)
     data = (good / "model.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
@@ -197,8 +195,6 @@ def hugging_face(rng, folder):
 
 def tokenizer_files(rng, folder):
     """tokenizer.model or tokenizer.json, tokenizer_config.json, a chat template."""
-    import tokenizers
-
     good = []
     tokens.train_sentencepiece(["7+5=12", "1-2"], folder / "sp", symbols=())
     good.append({f.name: f.read_bytes() for f in (folder / "sp").iterdir()})
@@ -275,12 +271,12 @@ class TooSlow(BaseException):
 
 
 @contextlib.contextmanager
-def limit(seconds: float):
+def limit():
     def late(*_):
         raise TooSlow
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
     try:
         yield
     finally:
@@ -291,8 +287,8 @@ def limit(seconds: float):
 def fuzz(name: str, inputs: int, seed: int) -> collections.Counter:
     """How many inputs were 'refused' and 'taken'; the others by what they raised."""
     found: collections.Counter = collections.Counter()
-    # Three times math-verify's own limit of 5 s; it has an alarm of its own.
-    clock = contextlib.nullcontext() if name == "rewards" else limit(LIMIT_S)
+    # math-verify has an alarm of its own.
+    clock = contextlib.nullcontext if name == "rewards" else limit
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         made = TARGETS[name](random.Random(f"{name} {seed}"), pathlib.Path(folder))
         slowest = 0.0
@@ -300,7 +296,7 @@ def fuzz(name: str, inputs: int, seed: int) -> collections.Counter:
             about, use = next(made)
             begun = time.perf_counter()
             try:
-                with limit(LIMIT_S) if name != "rewards" else clock:
+                with clock():
                     use()
                 found["taken"] += 1
             except InputError as error:

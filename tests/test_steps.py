@@ -337,6 +337,14 @@ def test_golden_step_is_donated_and_sharded(params, rows):
     assert all(value.sharding.is_fully_replicated for value in metrics.values())
     newer, _ = program(new, batch, 3, 2e-3)
     assert newer.step == 2
+    # An update that is no number changes nothing: neither moments nor the count of steps.
+    before = jax.device_get(newer)
+    weight = np.array(batch["weight"])
+    weight[1, 0, np.flatnonzero(weight[1, 0])[0]] = np.nan
+    bad = batch | {"weight": jax.device_put(weight, batch["weight"].sharding)}
+    after, metrics = program(newer, bad, 3, 2e-3)
+    assert np.isnan(metrics["loss"]) and np.isfinite(metrics["param_norm"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
     assert program._cache_size() == 1
 
 
