@@ -128,6 +128,8 @@ MEANINGS = {
     "Read-only file system": "a disk cannot be written to any more",
     "ut of memory": "out of memory; python -m klear_jax.plan shows what a config needs, and "
     "micro_rows, sampler.num_slots, sampler.pool_tokens and remat change it",
+    # Of what processes exchange on CPU; between other devices the heartbeat tells it.
+    "Gloo": "another process of the run has ended or does not answer; its own log says why",
 }
 
 

@@ -9,6 +9,8 @@ import functools
 import hashlib
 import io
 import json
+import os
+import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -102,13 +104,26 @@ class Tokenizer:
         return self.encode(self.render(messages, add_generation_prompt=True))
 
     def save(self, folder: epath.PathLike) -> None:
-        """Copies the tokenizer's files into folder, for an export."""
+        """Copies the tokenizer's files into folder, for an export; an InputError if one of
+        them is a link to a file of this machine that is not part of the tokenizer."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             source = self.path.parent / name
             if source.exists():
+                _check_own(source)
                 source.copy(folder / name, overwrite=True)
+
+
+def _check_own(path: epath.Path) -> None:
+    # A stranger's link would have whatever it names published with the model. Hugging Face
+    # keeps the files of MODEL/snapshots/VERSION in MODEL/blobs.
+    folder, target = (pathlib.Path(os.path.realpath(p)) for p in (path.parent, path))
+    blobs = folder.parent.parent / "blobs"
+    if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
+        raise InputError(
+            f"{path} is a link out of its folder: put the file itself there"
+        )
 
 
 def load(path: epath.PathLike) -> Tokenizer:

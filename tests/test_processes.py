@@ -4,6 +4,7 @@ either of them dies, so does the other, and the next start goes on."""
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -134,9 +135,11 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
     text = CONFIG_FILE.format(data=str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
     workdir = tmp_path / "run"
+    # Whichever notices it first, the heartbeat or what the two were exchanging.
+    noticed = r"tasks are unhealthy|another process of the run has ended"
     for victim, steps, cause in (
-        (0, 2, "leader task was preempted/died"),  # Before there is a checkpoint.
-        (1, 5, "The following tasks are unhealthy"),  # There is one of step 3.
+        (0, 2, rf"leader task was preempted/died|{noticed}"),  # No checkpoint yet.
+        (1, 5, noticed),  # There is one of step 3.
     ):
         with Run(tmp_path, workdir) as run:
             deadline = time.monotonic() + 300
@@ -148,7 +151,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
                 time.sleep(0.05)
             run.processes[victim].send_signal(signal.SIGKILL)
             assert run.processes[1 - victim].wait(60) != 0
-            assert cause in run.logs[1 - victim].read_text()
+            assert re.search(cause, run.logs[1 - victim].read_text())
     with Run(tmp_path, workdir) as run:
         assert run.wait(300) == [0, 0], run.logs[0].read_text()[-3000:]
         assert "GPPO" in run.logs[0].read_text()  # The first alone speaks.

@@ -109,6 +109,25 @@ def test_size_bounds_the_ids(tokenizer):
         tokens.check_fits(tokenizer, tokenizer.vocab_size - 1)
 
 
+def test_save_publishes_no_file_that_a_link_names(tokenizer, tmp_path):
+    cached = tmp_path / "models--some--model"
+    copy, blobs = cached / "snapshots" / "0123abcd", cached / "blobs"
+    tokenizer.save(copy)
+    blobs.mkdir()
+    name = "tokenizer_config.json"
+    (copy / name).rename(blobs / "4567ef")
+    (copy / name).symlink_to("../../blobs/4567ef")  # As Hugging Face's cache has it.
+    tokens.load(copy).save(tmp_path / "export")
+    exported = tmp_path / "export" / name
+    assert exported.read_text() == (blobs / "4567ef").read_text()
+    (blobs / "4567ef").rename(tmp_path / "secret.json")
+    (copy / name).unlink()
+    (copy / name).symlink_to(tmp_path / "secret.json")
+    with pytest.raises(InputError, match=f"{name} is a link out of its folder"):
+        tokens.load(copy).save(tmp_path / "other")
+    assert not (tmp_path / "other" / name).exists()
+
+
 def test_save_keeps_the_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "export")
     saved = tokens.load(tmp_path / "export")
