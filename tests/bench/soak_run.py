@@ -5,7 +5,9 @@
 Starts `klear_jax.train` of gppo_tiny with checkpoints every 25 steps and an evaluation every
 100, and reads every two seconds what it and its workers hold: memory, threads, open files,
 processes. Prints slopes by least squares over all but the first fifth of the run, and what is
-left when it has ended: processes, files of its temporary folder, of /dev/shm.
+left when it has ended: processes, files of its temporary folder, of /dev/shm. The learning
+rate is so small that the last step has the work of the first: a model that learns answers at
+greater length, and leaves ever fewer groups to learn from.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 import numpy as np
 
 PERIOD_S = 2.0
+RATE = 1e-7
 MEMORY_FS = pathlib.Path("/dev/shm")
 
 
@@ -73,7 +76,8 @@ def watch(flags: argparse.Namespace, workdir: pathlib.Path, scratch: pathlib.Pat
         *(sys.executable, "-m", "klear_jax.train", "--config=configs/gppo_tiny.py"),
         *(f"--workdir={workdir}", f"--config.init_from={flags.init_from}"),
         *(f"--config.num_steps={flags.steps}", "--config.checkpoint.every=25"),
-        "--config.evaluation.every=100",
+        *("--config.evaluation.every=100", f"--config.optim.peak_lr={RATE}"),
+        f"--config.optim.end_lr={RATE}",
     ]
     looks, seen = [], set()
     with (flags.output / "log").open("w") as log:
