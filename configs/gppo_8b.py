@@ -34,6 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.task = "gppo"
     c.seed = 0  # [ours] Of the order of the data and of the samples.
     c.workdir = "runs/gppo_8b"  # Where all of the run is written, or --workdir.
+    # A project of Weights & Biases that gets the metrics, too; '': none.
+    c.wandb = ""  # [ours]
     c.init_from = "runs/sft_8b"  # [P] A Hugging Face folder or a workdir.
     c.tokenizer = sft.tokenizer
     c.model = sft.model
@@ -76,6 +78,9 @@ def get_config() -> ml_collections.ConfigDict:
     # overlong_penalty. 0 tokens: it does not. [R] sets 4,096, and switches it off.
     c.rollout.overlong_tokens = 0  # [R]
     c.rollout.overlong_penalty = 1.0  # [R]
+    # Groups of a step whose tokens are written to rollouts/ with log-prob and log-ratio, for
+    # `klear_jax.report`: some 2 MB each. The others are there as text.
+    c.rollout.token_groups = 4  # [ours]
 
     c.sampler = sft.sampler
     c.rewards = sections.rewards(num_workers=32)  # [ours] Processes.

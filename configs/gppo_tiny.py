@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.task = "gppo"
     c.seed = 0  # Of the order of the data and of the samples.
     c.workdir = "runs/gppo_tiny"
+    c.wandb = ""  # A project of Weights & Biases, for the metrics; '': none.
     c.init_from = "runs/sft_tiny"  # A Hugging Face folder or a workdir.
     c.tokenizer = sft.tokenizer
     c.model = sft.model
@@ -52,6 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
         0  # Before the limit, where the reward falls; 0: it never
     )
     c.rollout.overlong_penalty = 1.0  # does, else by up to so much.
+    # Groups of a step whose tokens are in rollouts/ with log-prob and log-ratio.
+    c.rollout.token_groups = 8
 
     c.sampler = sft.sampler
     c.rewards = sft.rewards

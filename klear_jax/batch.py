@@ -6,6 +6,7 @@ Shape letters: B samples of a step, b of them chosen to train on, G groups, T to
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -186,33 +187,41 @@ def logprob_gap(rows: dict[str, np.ndarray], temperature: float) -> dict[str, fl
     }
 
 
+def mini_batch_rows(groups_B: np.ndarray, prompts: int) -> list[np.ndarray]:
+    """The rows of each mini-batch: whole groups, at most `prompts` of them, as equal in number
+    as can be. A short step gives fewer updates, never one of a few stray groups.
+
+    Args:
+        groups_B: the group of each row.
+    """
+    groups = advantages.groups(groups_B)
+    count = -(-len(groups) // prompts)
+    parts = np.array_split(np.arange(len(groups)), count) if count else []
+    return [np.concatenate([groups[g] for g in part]) for part in parts]
+
+
 def mini_batches(
     rows: Mapping[str, np.ndarray],
     groups_B: np.ndarray,
     positive_B: np.ndarray,
+    parts: Sequence[np.ndarray],
     *,
-    prompts: int,
     aggregation: losses.Aggregation,
     norm_tokens: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Splits rows into mini-batches of whole groups, and weighs their tokens.
-
-    At most `prompts` groups each, as equal as can be: a short step gives fewer updates,
-    never one of a few stray groups.
+    """The mini-batches, their tokens weighed.
 
     Args:
         rows: [b, T] each, from `make_rows`, with old_logp.
         groups_B: the group of each row.
         positive_B: rows of full credit.
+        parts: the rows of each, from `mini_batch_rows`.
         aggregation, norm_tokens: see `losses.token_weights`.
 
     Yields:
         What `steps.gppo_loss` reads: rows with weight and positive_weight.
     """
-    groups = advantages.groups(groups_B)
-    count = -(-len(groups) // prompts)
-    for part in np.array_split(np.arange(len(groups)), count) if count else []:
-        index = np.concatenate([groups[g] for g in part])
+    for index in parts:
         mini = {name: x[index] for name, x in rows.items() if name not in RECORDED}
         mask_BT = mini.pop("mask")
         weigh = functools.partial(
@@ -233,35 +242,39 @@ class Places:
     row_B: np.ndarray
     start_B: np.ndarray
     length_B: np.ndarray
+    segment_B: np.ndarray  # Its number in its row, from 1.
+
+
+def place(segment_ids_BT: np.ndarray) -> Places:
+    """Where `pack` puts samples that stand a row each: the longest first, each into the first
+    row that has room. Every device computes as many rows as the others, so full rows are all
+    that there is to balance."""
+    length_B = np.count_nonzero(segment_ids_BT, axis=1)
+    row_B, start_B, segment_B = (np.zeros(len(length_B), int) for _ in range(3))
+    used_R, count_R = (np.zeros(len(length_B), int) for _ in range(2))
+    for b in np.argsort(-length_B, kind="stable"):
+        row = np.argmax(used_R + length_B[b] <= segment_ids_BT.shape[1])
+        row_B[b], start_B[b], segment_B[b] = row, used_R[row], count_R[row] + 1
+        used_R[row] += length_B[b]
+        count_R[row] += 1
+    return Places(row_B, start_B, length_B, segment_B)
 
 
 def pack(rows: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Places]:
     """Moves samples together: several a row, as segments that do not see each other.
 
-    The longest first, each into the first row that has room. Every device computes as many
-    rows as the others, so full rows are all that there is to balance.
-
     Args:
         rows: a sample a row, from its left end, with segment_ids; [B, T] each.
 
     Returns:
-        The same arrays [R, T], R at most B, and where the samples are.
+        The same arrays [R, T], R at most B, and where the samples are, from `place`.
     """
-    length_B = np.count_nonzero(rows["segment_ids"], axis=1)
-    row_B, start_B, segment_B = (np.zeros(len(length_B), int) for _ in range(3))
-    T = rows["segment_ids"].shape[1]
-    used_R, count_R = (np.zeros(len(length_B), int) for _ in range(2))
-    for b in np.argsort(-length_B, kind="stable"):
-        row = np.argmax(used_R + length_B[b] <= T)
-        row_B[b], start_B[b], segment_B[b] = row, used_R[row], count_R[row] + 1
-        used_R[row] += length_B[b]
-        count_R[row] += 1
-    places = Places(row_B, start_B, length_B)
-    num_rows = row_B.max(initial=-1) + 1
+    places = place(rows["segment_ids"])
+    num_rows, T = places.row_B.max(initial=-1) + 1, rows["segment_ids"].shape[1]
     packed = {name: np.zeros((num_rows, T), x.dtype) for name, x in rows.items()}
     for name, x_BT in rows.items():
         if name == "segment_ids":
-            x_BT = x_BT * segment_B[:, None]
+            x_BT = x_BT * places.segment_B[:, None]
         for b, (row, start, end) in enumerate(_spans(places)):
             packed[name][row, start:end] = x_BT[b, : end - start]
     return packed, places
@@ -272,6 +285,25 @@ def unpack(x_RT: np.ndarray, places: Places) -> np.ndarray:
     x_BT = np.zeros((len(places.row_B), x_RT.shape[1]), x_RT.dtype)
     for b, (row, start, end) in enumerate(_spans(places)):
         x_BT[b, : end - start] = x_RT[row, start:end]
+    return x_BT
+
+
+def log_ratios(
+    segment_ids_BT: np.ndarray,
+    parts: Sequence[np.ndarray],
+    updates: Sequence[np.ndarray],
+) -> np.ndarray:
+    """The log-ratio of each token when it was learnt from, [b, T] float32; 0 elsewhere.
+
+    Args:
+        segment_ids_BT: of the rows, a sample each.
+        parts: the rows of each mini-batch.
+        updates: `log_ratio` of each update, [M, B, T], of those rows packed.
+    """
+    x_BT = np.zeros(segment_ids_BT.shape, np.float32)
+    for index, x_MBT in zip(parts, updates, strict=True):
+        x_RT = x_MBT.reshape(-1, x_BT.shape[1])
+        x_BT[index] = unpack(x_RT, place(segment_ids_BT[index]))
     return x_BT
 
 
@@ -369,15 +401,24 @@ def sample_rows(
     chosen: np.ndarray,
     rows: Mapping[str, np.ndarray],
     waiting: Container[int],
+    token_groups: int,
 ) -> list[dict[str, Any]]:
     """The samples as they are written to rollouts/: one dict each.
 
     A sample that was not trained on has the advantage null; `rows` are those of the
-    others, from `make_rows`. Groups that wait for the next step are written then.
+    others, from `make_rows`, with old_logp and log_ratio. Those of the first `token_groups`
+    groups among them have their tokens, too. Groups that wait for the next step are written
+    then.
     """
     first_B = rows["mask"].argmax(axis=1)  # A row's advantage stands on its response.
     advantage_B = rows["advantage"][np.arange(len(chosen)), first_B]
     advantage = dict(zip(chosen.tolist(), advantage_B.tolist(), strict=True))
+    with_tokens = set(list(dict.fromkeys(rollout.group_B[chosen]))[:token_groups])
+    of_tokens = {
+        int(b): _token_columns({name: x_BT[row] for name, x_BT in rows.items()})
+        for row, b in enumerate(chosen)
+        if rollout.group_B[b] in with_tokens
+    }
     return [
         {
             "prompt_id": rollout.group_of(b).group.prompt_id,
@@ -393,9 +434,26 @@ def sample_rows(
             "num_tokens": len(rollout.samples[b].tokens),
             "policy_steps": sorted(set(rollout.policy_steps[b].tolist())),
             "logprob": float(np.sum(rollout.samples[b].logprobs)),
+            **of_tokens.get(b, {}),
         }
         for b, (outcome, reward) in enumerate(
             zip(rollout.outcomes, rollout.reward_B, strict=True)
         )
         if rollout.group_B[b] not in waiting
     ]
+
+
+def _token_columns(row: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Of one row: the response's tokens, their old log-probs, and their log-ratios when they
+    were learnt from, nats to four digits, None for what is no number."""
+    real_T = row["mask"] != 0
+    return {
+        "tokens": row["tokens"][real_T].tolist(),
+        **{
+            name: [
+                round(x, 4) if math.isfinite(x) else None
+                for x in row[name][real_T].tolist()
+            ]
+            for name in ("old_logp", "log_ratio")
+        },
+    }

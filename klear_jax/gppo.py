@@ -6,7 +6,6 @@ Source: Klear-Reasoner (arXiv 2508.07629); every number has its own in the confi
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from klear_jax import (
     batch,
@@ -26,9 +24,12 @@ from klear_jax import (
     metrics,
     optim,
     preemption,
+    progress,
     qwen3,
     rollout,
+    roofline,
     sampler,
+    speed,
     steps,
     tokens,
 )
@@ -113,6 +114,7 @@ class GppoConfig:
 
     seed: int
     workdir: str
+    wandb: str  # A project of Weights & Biases; '': none.
     init_from: str
     tokenizer: str
     model: qwen3.Config
@@ -134,6 +136,7 @@ class GppoConfig:
 
     def __post_init__(self):
         qwen3.check_remat(self.remat)
+        metrics.check_wandb(self.wandb)
         for name in ("minibatch_prompts", "micro_rows", "num_steps"):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -228,10 +231,13 @@ class UnderWay:
     drawing: bool  # The last of them is not complete.
     counts: list[dict[str, float]]  # Of the sampler, for each batch.
     updates: list[dict[str, np.ndarray]]  # The metrics of those done, float32.
+    log_ratios: list[np.ndarray]  # Of their tokens, [M, B, T] float16.
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(
-            dataclasses.replace(self, going_on=[], complete=[], updates=[])
+            dataclasses.replace(
+                self, going_on=[], complete=[], updates=[], log_ratios=[]
+            )
         ) | {
             "going_on": rollout.to_json(self.going_on),
             "complete": rollout.to_json(self.complete),
@@ -239,11 +245,15 @@ class UnderWay:
                 {name: np.float32(x).tolist() for name, x in update.items()}
                 for update in jax.device_get(self.updates)
             ],
+            "log_ratios": [
+                (x.shape, rollout.to_text(x, np.float16))
+                for x in jax.device_get(self.log_ratios)
+            ],
         }
 
 
 def begin_step(going_on: list[rollout.OpenGroup]) -> UnderWay:
-    return UnderWay(going_on, [], 0, False, [], [])
+    return UnderWay(going_on, [], 0, False, [], [], [])
 
 
 def from_json(found: dict[str, Any] | None) -> UnderWay:
@@ -255,11 +265,18 @@ def from_json(found: dict[str, Any] | None) -> UnderWay:
         {name: np.float32(x) for name, x in update.items()}
         for update in found["updates"]
     ]
-    return UnderWay(**found | groups | {"updates": updates})
+    log_ratios = [
+        rollout.from_text(text, np.float16).reshape(shape)
+        for shape, text in found["log_ratios"]
+    ]
+    return UnderWay(**found | groups | {"updates": updates, "log_ratios": log_ratios})
 
 
-def run(config: GppoConfig) -> None:
+def run(config: GppoConfig, profile: tuple[int, int] | None = None) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands.
+
+    Args:
+        profile: the first and the last of the steps to write a profile of.
 
     Raises:
         preemption.Preempted: the run was told to end, and has saved how far it came.
@@ -270,20 +287,30 @@ def run(config: GppoConfig) -> None:
     ):
         inputs = read_inputs(config, pool)
         checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
-        train(config, inputs, pool)
+        train(config, inputs, pool, progress.Trace(config.workdir, profile))
 
 
-def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
+def train(
+    config: GppoConfig, inputs: Inputs, pool: Pool, trace: progress.Trace
+) -> None:
     """The loop."""
     layout, tokenizer = inputs.layout, inputs.tokenizer
     with (
         checkpoint.Checkpoints(
             config.workdir, config.checkpoint, config
         ) as checkpoints,
-        metrics.Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        metrics.Writer(
+            config.workdir,
+            next_step=checkpoints.steps_done,
+            wandb=config.wandb,
+            about=dataclasses.asdict(config),
+        ) as writer,
         metrics.Compilations() as compilations,
+        progress.Progress(
+            "GPPO", checkpoints.steps_done, config.num_steps, trace
+        ) as shown,
     ):
-        first = checkpoints.steps_done
+        shown.tell("loading, and compiling")
         state, shardings = checkpoint.train_state(
             checkpoints,
             inputs.prompts,
@@ -299,26 +326,17 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
         )
         under_way = from_json(checkpoints.under_way())
         warm_up(state.params, config, tokenizer, layout)
-        bar = tqdm.trange(
-            first,
-            config.num_steps,
-            desc="GPPO",
-            initial=first,
-            total=config.num_steps,
-            disable=not hosts.first(),
-        )
-        watch = metrics.Stopwatch()
         try:
-            for step in bar:
+            for step in shown.steps():
                 preemption.check()
                 whole = not under_way.batches
-                with watch.phase("sample"):
+                with shown.phase("sample"):
                     samples, (chosen, surplus) = sample(
-                        state.params, under_way, step, pool, config, inputs
+                        state.params, under_way, step, pool, config, inputs, shown.tell
                     )
                     rows = batch.make_rows(samples, chosen, config.rollout)
                     waiting = rollout.waiting(samples, surplus, config.rollout)
-                with watch.phase("score"):
+                with shown.phase("score"):
                     under_way.complete, later = batch.score_groups(
                         samples,
                         chosen,
@@ -331,22 +349,27 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                         config.rollout.row_tokens,
                     )
                     under_way.going_on = later[len(waiting) :]
-                with watch.phase("update"):
+                with shown.phase("update"):
                     rate = optim.learning_rate(config.optim, step, config.num_steps)
-                    minis = batch.mini_batches(
+                    group_B = samples.group_B[chosen]
+                    parts = batch.mini_batch_rows(group_B, config.minibatch_prompts)
+                    left = batch.mini_batches(
                         rows,
-                        samples.group_B[chosen],
+                        group_B,
                         samples.reward_B[chosen] == config.rewards.full_credit,
-                        prompts=config.minibatch_prompts,
+                        parts[len(under_way.updates) :],
                         aggregation=config.loss.aggregation,
                         norm_tokens=config.rollout.max_new_tokens,
                     )
-                    left = itertools.islice(minis, len(under_way.updates), None)
                     for after, one in learn(update, state, left, rate, config, layout):
                         state = after
+                        under_way.log_ratios.append(one.pop("log_ratio"))
                         under_way.updates.append(one)
                     # The host reads none before all are under way.
                     found = jax.device_get(under_way.updates)
+                    rows["log_ratio"] = batch.log_ratios(
+                        rows["segment_ids"], parts, jax.device_get(under_way.log_ratios)
+                    )
                 share = {  # All processes have all rows.
                     name: x[hosts.index() :: hosts.count()] for name, x in rows.items()
                 }
@@ -363,7 +386,7 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                     "learning_rate": rate,
                 }
                 if config.evaluation.due(step + 1):
-                    with watch.phase("evaluate"):
+                    with shown.phase("evaluate"):
                         values |= evaluate.during_training(
                             state.params,
                             inputs.problems,
@@ -371,17 +394,23 @@ def train(config: GppoConfig, inputs: Inputs, pool: Pool) -> None:
                             pool,
                             config,
                             layout,
+                            shown.tell,
                         )
                 # A whole step with an update has needed all programs that there are.
                 if whole and found:
                     compilations.close()
                 values["compilations/unplanned"] = compilations.unplanned
-                writer.write(step, values | watch.lap())
+                values |= shown.lap()
+                values |= of_speed(values, rows, config, layout) | speed.memory()
+                writer.write(step, values)
                 writer.write_samples(
-                    step, batch.sample_rows(samples, chosen, rows, waiting)
+                    step,
+                    batch.sample_rows(
+                        samples, chosen, rows, waiting, config.rollout.token_groups
+                    ),
                 )
                 guards.check(config.guards, values, step)
-                bar.set_postfix(correct=f"{values['reward/correct']:.2f}")
+                shown.result(correct=values["reward/correct"])
                 under_way = begin_step(later)
                 if checkpoints.due(step + 1) or step + 1 == config.num_steps:
                     writer.publish()  # First: what a checkpoint holds is not written again.
@@ -413,12 +442,14 @@ def sample(
     pool: Pool,
     config: GppoConfig,
     inputs: Inputs,
+    tell: rollout.Tell,
 ) -> tuple[rollout.Rollout, tuple[np.ndarray, list[int]]]:
     """Draws and scores batches of prompts until enough groups teach something, or there
     have been `max_batches`; goes on with a step that was cut off.
 
     Args:
         under_way: the step so far; what is drawn goes there.
+        tell: see `rollout.collect`.
 
     Returns:
         The complete groups, and what `batch.select` chose of them.
@@ -441,7 +472,7 @@ def sample(
             enough = len(np.unique(samples.group_B[selected[0]])) == c.max_groups
             if enough or under_way.batches == c.max_batches:
                 break
-        draw(params, under_way, step, pool, config, inputs)
+        draw(params, under_way, step, pool, config, inputs, tell)
     rollout.check_rewards(samples)
     return samples, selected
 
@@ -453,6 +484,7 @@ def draw(
     pool: Pool,
     config: GppoConfig,
     inputs: Inputs,
+    tell: rollout.Tell,
 ) -> None:
     """Draws and scores the next batch of prompts, or what is left of one that was cut off."""
     c = config.rollout
@@ -484,6 +516,7 @@ def draw(
             finish_fraction=c.finish_fraction,
             dtype=jnp.dtype(config.dtype),
             layout=inputs.layout,
+            tell=tell,
         )
     except rollout.Interrupted as interrupted:
         under_way.going_on = interrupted.groups
@@ -511,6 +544,27 @@ def learn(
         computed = count * config.micro_rows * config.rollout.row_tokens
         real = np.count_nonzero(packed["segment_ids"])
         yield state, values | {"row_fill": np.float32(real / max(computed, 1))}
+
+
+def of_speed(
+    values: Mapping[str, float],
+    rows: Mapping[str, np.ndarray],
+    config: GppoConfig,
+    layout: Layout,
+) -> dict[str, float]:
+    """`speed` of the step with these metrics and rows."""
+    model = roofline.model_of(config, layout)
+    tokens = int(np.count_nonzero(rows["segment_ids"]))
+    prompt = (tokens - int(np.count_nonzero(rows["mask"]))) / max(len(rows["mask"]), 1)
+    return speed.of_update(
+        model, tokens, len(rows["mask"]), values["seconds/update"]
+    ) | speed.of_sampling(
+        model,
+        values,
+        values["samples/tokens"],
+        prompt + values["samples/length"] / 2,
+        values["seconds/sample"],
+    )
 
 
 def sampler_uses(config: GppoConfig) -> list[tuple[Sampling, int]]:

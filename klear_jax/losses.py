@@ -217,7 +217,7 @@ def policy_loss(
             f"advantage must be [B, T] or [B, 1] beside logp {jnp.shape(logp_BT)}, "
             f"not {jnp.shape(advantage_BT)}"
         )
-    low, high, log_low, log_high = _bounds(clip_low, clip_high)
+    low, high, _, _ = _bounds(clip_low, clip_high)
 
     weight_BT = jax.lax.stop_gradient(weight_BT)
     real_BT = weight_BT != 0
@@ -229,26 +229,22 @@ def policy_loss(
     up_BT, down_BT = advantage_BT > 0, advantage_BT < 0
 
     ratio_BT = jnp.exp(jnp.minimum(x_BT, MAX_LOG_RATIO))
-    is_low_BT, is_high_BT = x_BT < log_low, x_BT > log_high
-    if kind == "cispo":
-        is_low_BT &= up_BT | down_BT
-        is_high_BT &= up_BT | down_BT
-        is_dual_BT = jnp.zeros_like(real_BT)
-        (value_low, slope_low), (value_high, slope_high) = (low, low), (high, high)
-    else:
-        is_low_BT &= down_BT
-        is_high_BT &= up_BT
-        (value_low, slope_low), (value_high, slope_high) = {
-            "gppo": ((beta_low * low,) * 2, (beta_high * high,) * 2),
-            "gppo_only_high": ((low, 0.0), (high, high)),
-            "clip_higher": ((low, 0.0), (high, 0.0)),
-        }[kind]
-        is_dual_BT = jnp.zeros_like(real_BT)
-        if dual_clip is not None:
-            is_dual_BT = down_BT & jnp.where(
-                is_low_BT, value_low > dual_clip, x_BT > math.log(dual_clip)
-            )
-            is_low_BT &= ~is_dual_BT
+    region = clip_regions(
+        x_BT,
+        advantage_BT,
+        kind=kind,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        beta_low=beta_low,
+        dual_clip=dual_clip,
+    )
+    is_low_BT, is_high_BT, is_dual_BT = region["low"], region["high"], region["dual"]
+    (value_low, slope_low), (value_high, slope_high) = {
+        "gppo": ((beta_low * low,) * 2, (beta_high * high,) * 2),
+        "gppo_only_high": ((low, 0.0), (high, high)),
+        "clip_higher": ((low, 0.0), (high, 0.0)),
+        "cispo": ((low, low), (high, high)),
+    }[kind]
 
     value_BT = slope_BT = ratio_BT
     for region_BT, value, slope in (
@@ -279,6 +275,37 @@ def policy_loss(
         metrics[f"movable{suffix}"] = _count(movable_BT & region_BT)
         metrics[f"grad_mass{suffix}"] = jnp.sum(mass_BT, where=region_BT)
     return jnp.sum(weight_BT * token_loss_BT), metrics
+
+
+def clip_regions(
+    log_ratio: jax.Array,
+    advantage: jax.Array,
+    *,
+    kind: Kind,
+    clip_low: float,
+    clip_high: float,
+    beta_low: float,
+    dual_clip: float | None,
+) -> dict[str, jax.Array]:
+    """Which tokens are 'low', 'high' and 'dual' in the table of `policy_loss`, whose arguments
+    these are: bool, shaped as `log_ratio`. What is in none is inside."""
+    low, _, log_low, log_high = _bounds(clip_low, clip_high)
+    up, down = advantage > 0, advantage < 0
+    is_low, is_high = log_ratio < log_low, log_ratio > log_high
+    is_dual = jnp.zeros_like(is_low)
+    if kind == "cispo":
+        return {
+            "low": is_low & (up | down),
+            "high": is_high & (up | down),
+            "dual": is_dual,
+        }
+    is_low, is_high = is_low & down, is_high & up
+    if dual_clip is not None:
+        value_low = beta_low * low if kind == "gppo" else low
+        is_dual = down & jnp.where(
+            is_low, value_low > dual_clip, log_ratio > math.log(dual_clip)
+        )
+    return {"low": is_low & ~is_dual, "high": is_high, "dual": is_dual}
 
 
 def _count(condition_BT: jax.Array) -> jax.Array:

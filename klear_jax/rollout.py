@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -24,6 +24,11 @@ from klear_jax.rewards.routing import RewardConfig
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout
 from klear_jax.tokens import Tokenizer, cut_at_stop
+
+# Told what is under way, many times a second.
+Tell = Callable[[str], None]
+# (group, index in it, sample, its reward).
+OnScored = Callable[[int, int, sampler.Sample, Outcome], None]
 
 FILTERS = ("reward", "accuracy", "none")
 # 'carry' keeps them for one more step, with the old log-probs of the one that drew them.
@@ -75,6 +80,7 @@ class RolloutConfig:
     # the limit. 0 tokens: never.
     overlong_tokens: int
     overlong_penalty: float
+    token_groups: int  # Groups of a step that are written down token by token.
 
     def __post_init__(self):
         for name in (
@@ -107,6 +113,10 @@ class RolloutConfig:
             raise InputError(
                 "rollout.overlong_tokens must be from 0 to max_new_tokens, not "
                 f"{self.overlong_tokens}"
+            )
+        if self.token_groups < 0:
+            raise InputError(
+                f"rollout.token_groups must not be negative: {self.token_groups}"
             )
         if not 0 < self.finish_fraction <= 1:
             raise InputError(
@@ -197,6 +207,8 @@ def collect(
     engine: sampler.Engine,
     slot_tokens: int,
     stop_strings: Sequence[str],
+    tell: Tell,
+    on_scored: OnScored | None = None,
     step: int = 0,
     finish_fraction: float = 1.0,
     dtype: jnp.dtype | None = None,
@@ -209,6 +221,8 @@ def collect(
         groups: to draw, those carried first.
         stop_strings: text that ends a response, beside the tokenizer's stop ids. The sampler,
             which knows no text, goes on to a stop id or the limit; what is behind is cut off.
+        tell: is told how many samples have ended, and what is waited for.
+        on_scored: is called soon after a sample of this process has its reward.
         step: of the policy.
         finish_fraction: as in `RolloutConfig`.
         sampling, engine, slot_tokens, dtype, layout: see `sampler.sample_groups`.
@@ -221,61 +235,25 @@ def collect(
         Interrupted: the run is to end. With a `finish_fraction` below 1 its groups are as they
             were given: which of them are complete when a phase ends depends on all of it.
     """
-    samples = [list(open_.group.samples) for open_ in groups]
-    left = [open_.left for open_ in groups]
+    phase = _Phase(groups, tokenizer, pool, rewards, stop_strings, tell, on_scored)
     least = [i for i, open_ in enumerate(groups) if open_.carried]
     # Less than a rounding error of the product is no group.
-    enough_groups = math.ceil(finish_fraction * sum(map(bool, left)) - 1e-9)
-    enough_groups += left.count(0)
+    enough_groups = math.ceil(finish_fraction * sum(map(bool, phase.left)) - 1e-9)
+    enough_groups += phase.left.count(0)
     calls = itertools.count(1)
-    scores: dict[tuple[int, int], futures.Future[Outcome]] = {}
-    ended: set[tuple[int, int]] = set()
-
-    def score(i: int, j: int) -> None:
-        if i % hosts.count() != hosts.index():
-            return
-        kind = rewards.kinds[rewards.kind_of(groups[i].source)]
-        scores[i, j] = pool.submit(
-            kind.function,
-            tokenizer.decode(samples[i][j].tokens),
-            groups[i].answer,
-            **kind.resolved(),
-        )
-
-    def finish(i: int, j: int, sample: sampler.Sample) -> None:
-        samples[i][j] = cut(sample, tokenizer, stop_strings)
-        left[i] -= 1
-        ended.add((i, j))
-        score(i, j)
 
     def enough() -> bool:
         if next(calls) % PREEMPTION_CALLS == 0:
             preemption.check()
+            phase.look()
         return (
             finish_fraction < 1
-            and left.count(0) >= enough_groups
-            and not any(left[i] for i in least)
+            and phase.left.count(0) >= enough_groups
+            and not any(phase.left[i] for i in least)
         )
 
-    def after(scored: Mapping[tuple[int, int], Outcome]) -> list[OpenGroup]:
-        outcomes = _share(scored)
-        return [
-            _advance(
-                open_,
-                samples[i],
-                [outcomes.get((i, j), old) for j, old in enumerate(open_.outcomes)],
-                step,
-            )
-            for i, open_ in enumerate(groups)
-        ]
-
-    # Ended before an interruption, which did not wait for their rewards.
-    for i, open_ in enumerate(groups):
-        for j, outcome in enumerate(open_.outcomes):
-            if outcome is None and open_.ended(j):
-                ended.add((i, j))
-                score(i, j)
     try:
+        phase.score_ended()
         found, counts = sampler.sample_groups(
             params,
             model,
@@ -286,31 +264,17 @@ def collect(
             stop_ids=tokenizer.stop_ids,
             dtype=dtype,
             layout=layout,
-            on_finish=finish,
+            on_finish=phase.finish,
             enough=enough,
         )
-        # A stop string may have ended what the sampler would go on with.
-        for i, group in enumerate(found):
-            for j, sample in enumerate(group.samples):
-                if (i, j) not in ended and groups[i].outcomes[j] is None:
-                    samples[i][j] = cut(sample, tokenizer, stop_strings)
-                    if group.ended(samples[i][j]):
-                        finish(i, j, samples[i][j])
-        _wait(scores, rewards.step_timeout_s)
+        phase.cut_unfinished(found)
+        phase.wait(rewards.step_timeout_s)
     except preemption.Preempted:
-        known = {name: one.result() for name, one in scores.items() if one.done()}
-        raise Interrupted(after(known) if finish_fraction == 1 else groups) from None
-    late = Outcome(
-        math.nan, "late", f"not scored within {rewards.step_timeout_s} s of the step"
-    )
-    # What could not be cancelled is done, or being done.
-    complete_or_not = after(
-        {
-            name: late if one.cancel() or not one.done() else one.result()
-            for name, one in scores.items()
-        }
-    )
-    pairs = list(zip(complete_or_not, left, strict=True))
+        after = phase.after(phase.known(), step) if finish_fraction == 1 else groups
+        raise Interrupted(after) from None
+    late = phase.give_up(rewards.step_timeout_s)  # First: others may come meanwhile.
+    after = phase.after(phase.known() | late, step)
+    pairs = list(zip(after, phase.left, strict=True))
     return (
         [open_ for open_, n in pairs if not n],
         [open_ for open_, n in pairs if n],
@@ -318,17 +282,129 @@ def collect(
     )
 
 
-def _wait(
-    scores: Mapping[tuple[int, int], futures.Future[Outcome]], timeout_s: float
-) -> None:
-    """Until all processes have theirs, or do not wait any longer."""
-    deadline = time.monotonic() + timeout_s
-    waits = True
-    while hosts.any_of(waits):
-        preemption.check()
-        seconds = min(PREEMPTION_S, max(0.0, deadline - time.monotonic()))
-        _, not_done = futures.wait(scores.values(), seconds)
-        waits = bool(not_done) and time.monotonic() < deadline
+class _Phase:
+    """What a phase has drawn and scored so far; a sample's name is (group, index in it)."""
+
+    def __init__(
+        self,
+        groups: Sequence[OpenGroup],
+        tokenizer: Tokenizer,
+        pool: Pool,
+        rewards: RewardConfig,
+        stop_strings: Sequence[str],
+        tell: Tell,
+        on_scored: OnScored | None,
+    ):
+        self._groups, self._tokenizer, self._pool = groups, tokenizer, pool
+        self._rewards, self._stop_strings = rewards, stop_strings
+        self._tell, self._on_scored = tell, on_scored
+        self._samples = [list(open_.group.samples) for open_ in groups]
+        self._ended: set[tuple[int, int]] = set()
+        self._scores: dict[tuple[int, int], futures.Future[Outcome]] = {}  # Ours.
+        self._heard: set[tuple[int, int]] = set()  # Whose rewards `on_scored` had.
+        self.left = [open_.left for open_ in groups]  # Samples that have not ended.
+
+    def score_ended(self) -> None:
+        """Those that ended before an interruption, which did not wait for their rewards."""
+        for i, open_ in enumerate(self._groups):
+            for j, outcome in enumerate(open_.outcomes):
+                if outcome is None and open_.ended(j):
+                    self._ended.add((i, j))
+                    self._score(i, j)
+
+    def finish(self, i: int, j: int, sample: sampler.Sample) -> None:
+        """A sample has ended."""
+        self._samples[i][j] = cut(sample, self._tokenizer, self._stop_strings)
+        self.left[i] -= 1
+        self._ended.add((i, j))
+        self._score(i, j)
+
+    def _score(self, i: int, j: int) -> None:
+        if i % hosts.count() != hosts.index():
+            return
+        open_ = self._groups[i]
+        kind = self._rewards.kinds[self._rewards.kind_of(open_.source)]
+        self._scores[i, j] = self._pool.submit(
+            kind.function,
+            self._tokenizer.decode(self._samples[i][j].tokens),
+            open_.answer,
+            **kind.resolved(),
+        )
+
+    def cut_unfinished(self, found: Sequence[sampler.Group]) -> None:
+        """Takes over what was drawn of samples that have not ended; a stop string may have ended
+        what the sampler would go on with."""
+        for i, group in enumerate(found):
+            for j, sample in enumerate(group.samples):
+                if (i, j) in self._ended or self._groups[i].outcomes[j] is not None:
+                    continue
+                self._samples[i][j] = cut(sample, self._tokenizer, self._stop_strings)
+                if group.ended(self._samples[i][j]):
+                    self.finish(i, j, self._samples[i][j])
+
+    def look(self) -> None:
+        """Says how far it is, and hands on the rewards that have come."""
+        total = sum(len(open_.outcomes) for open_ in self._groups)
+        self._tell(
+            f"sampling: {total - sum(self.left)} of {total} samples, {self._to_come()}"
+        )
+        self._hand_on()
+
+    def _to_come(self) -> str:
+        return f"{sum(not x.done() for x in self._scores.values())} rewards to come"
+
+    def _hand_on(self) -> None:
+        if self._on_scored is None:
+            return
+        for (i, j), outcome in self.known().items():
+            if (i, j) not in self._heard:
+                self._heard.add((i, j))
+                self._on_scored(i, j, self._samples[i][j], outcome)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all processes have their rewards, or do not wait any longer."""
+        deadline = time.monotonic() + timeout_s
+        waits = True
+        while hosts.any_of(waits):
+            preemption.check()
+            left_s = max(0.0, deadline - time.monotonic())
+            self._tell(f"waiting: {self._to_come()}, {left_s:.0f} s at most")
+            _, not_done = futures.wait(self._scores.values(), min(PREEMPTION_S, left_s))
+            waits = bool(not_done) and time.monotonic() < deadline
+        self._hand_on()
+
+    def known(self) -> dict[tuple[int, int], Outcome]:
+        """The rewards that have come."""
+        return {
+            name: one.result()
+            for name, one in self._scores.items()
+            if one.done() and not one.cancelled()
+        }
+
+    def give_up(self, waited_s: float) -> dict[tuple[int, int], Outcome]:
+        """What the samples get whose rewards have not come."""
+        late = Outcome(math.nan, "late", f"not scored within {waited_s} s of the step")
+        # What could not be cancelled is done, or being done.
+        return {
+            name: late
+            for name, one in self._scores.items()
+            if one.cancel() or not one.done()
+        }
+
+    def after(
+        self, scored: Mapping[tuple[int, int], Outcome], step: int
+    ) -> list[OpenGroup]:
+        """The groups after the phase, with what all processes have scored."""
+        outcomes = _share(scored)
+        return [
+            _advance(
+                open_,
+                self._samples[i],
+                [outcomes.get((i, j), old) for j, old in enumerate(open_.outcomes)],
+                step,
+            )
+            for i, open_ in enumerate(self._groups)
+        ]
 
 
 def _share(
@@ -485,11 +561,11 @@ def to_json(groups: Sequence[OpenGroup]) -> list[dict[str, Any]]:
             "waited": open_.waited,
             "samples": [
                 {
-                    "tokens": _to_text(sample.tokens, np.int32),
-                    "logprobs": _to_text(sample.logprobs, np.float32),
+                    "tokens": to_text(sample.tokens, np.int32),
+                    "logprobs": to_text(sample.logprobs, np.float32),
                     "finished": sample.finished,
-                    "policy_steps": _to_text(steps, np.int32),
-                    "old_logp": _to_text(old, np.float32),
+                    "policy_steps": to_text(steps, np.int32),
+                    "old_logp": to_text(old, np.float32),
                     "outcome": outcome and dataclasses.astuple(outcome),
                 }
                 for sample, steps, old, outcome in columns
@@ -507,8 +583,8 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
         key = jax.random.wrap_key_data(np.array(row["key"], np.uint32))
         samples = [
             sampler.Sample(
-                _from_text(x["tokens"], np.int32).tolist(),
-                _from_text(x["logprobs"], np.float32),
+                from_text(x["tokens"], np.int32).tolist(),
+                from_text(x["logprobs"], np.float32),
                 x["finished"],
             )
             for x in found
@@ -518,8 +594,8 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
             row["source"],
             row["answer"],
             sampler.Group(row["prompt"], row["prompt_id"], key, row["limit"], samples),
-            policy_steps=[_from_text(x["policy_steps"], np.int32) for x in found],
-            old_logp=[_from_text(x["old_logp"], np.float32) for x in found],
+            policy_steps=[from_text(x["policy_steps"], np.int32) for x in found],
+            old_logp=[from_text(x["old_logp"], np.float32) for x in found],
             outcomes=[x["outcome"] and Outcome(*x["outcome"]) for x in found],
             carried=row["carried"],
             waited=row["waited"],
@@ -528,9 +604,11 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
     return [one(row) for row in rows]
 
 
-def _to_text(x: Any, dtype: type) -> str:
+def to_text(x: Any, dtype: type) -> str:
+    """An array for `from_text`, to the bit."""
     return base64.b64encode(np.asarray(x, dtype).tobytes()).decode()
 
 
-def _from_text(text: str, dtype: type) -> np.ndarray:
+def from_text(text: str, dtype: type) -> np.ndarray:
+    """The array [n] that `to_text` wrote."""
     return np.frombuffer(base64.b64decode(text), dtype)

@@ -23,8 +23,8 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (state, batch, num_micro, learning_rate) -> (state, metrics).
 TrainStep = Callable[..., tuple["TrainState", Metrics]]
-# (params, micro-batch of [B, ...]) -> (loss [], additive metrics []).
-LossFn = Callable[[qwen3.Params, Batch], tuple[jax.Array, Metrics]]
+# (params, micro-batch of [B, ...]) -> (loss [], (additive metrics [], others [B, T])).
+LossFn = Callable[[qwen3.Params, Batch], tuple[jax.Array, tuple[Metrics, Metrics]]]
 
 
 @flax.struct.dataclass
@@ -63,8 +63,8 @@ def train_step(
     or gradient is no number, the state stays as it is.
 
     Returns:
-        The new state, and the metrics of `loss_fn` with `loss`, `grad_norm` (before the
-        clip), `update_norm` and `param_norm`.
+        The new state, and the metrics of `loss_fn` (those of tokens [M, B, T]) with `loss`,
+        `grad_norm` (before the clip), `update_norm` and `param_norm`.
     """
     grads, metrics = accumulate(loss_fn, state.params, batch, num_micro)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -88,37 +88,32 @@ def train_step(
 def accumulate(
     loss_fn: LossFn, params: qwen3.Params, batch: Batch, num_micro: jax.Array
 ) -> tuple[qwen3.Params, Metrics]:
-    """Gradients of the loss and metrics, summed over the first `num_micro` micro-batches."""
+    """Gradients of the loss and metrics, summed over the first `num_micro` micro-batches;
+    metrics of tokens side by side, [M, B, T]."""
 
     def one(i):
         micro = jax.tree.map(lambda x: x[i], batch)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, (metrics, per_token)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params, micro
         )
         # Behind the barrier, or XLA sums whole matrices in the loop and splits them after it.
-        return jax.lax.optimization_barrier(grads), metrics | {"loss": loss}
+        grads = jax.lax.optimization_barrier(grads)
+        return (grads, metrics | {"loss": loss}), per_token
 
-    return _sum(one, num_micro)
+    (grads, metrics), per_token = _over_micros(one, batch, num_micro)
+    return grads, metrics | per_token
 
 
 def loss_step(
     params: qwen3.Params, batch: Batch, num_micro: jax.Array, *, loss_fn: LossFn
 ) -> Metrics:
-    """The metrics of `loss_fn` with `loss`, of the first `num_micro` micro-batches."""
+    """The additive metrics of `loss_fn` with `loss`, of the first `num_micro` micro-batches."""
 
     def one(i):
-        loss, metrics = loss_fn(params, jax.tree.map(lambda x: x[i], batch))
-        return metrics | {"loss": loss}
+        loss, (metrics, _) = loss_fn(params, jax.tree.map(lambda x: x[i], batch))
+        return metrics | {"loss": loss}, {}
 
-    return _sum(one, num_micro)
-
-
-def _sum(one: Callable[[jax.Array], Any], count: jax.Array) -> Any:
-    """one(0) + ... + one(count - 1), of trees of arrays."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    return jax.lax.fori_loop(
-        0, count, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros
-    )
+    return _over_micros(one, batch, num_micro)[0]
 
 
 def score_step(
@@ -133,7 +128,7 @@ def score_step(
         model: config, temperature, layout, dtype of `logprobs.token_logprobs`.
     """
 
-    def one(i, logp_MBT):
+    def one(i):
         logp_BT = logprobs.token_logprobs(
             params,
             tokens_BT=batch["tokens"][i],
@@ -141,16 +136,44 @@ def score_step(
             segment_ids_BT=batch["segment_ids"][i],
             **model,
         )
-        return logp_MBT.at[i].set(logp_BT)
+        return {}, logp_BT
 
+    return _over_micros(one, batch, num_micro)[1]
+
+
+def _over_micros(
+    one: Callable[[jax.Array], tuple[Any, Any]], batch: Batch, num_micro: jax.Array
+) -> tuple[Any, Any]:
+    """one(0) .. one(num_micro - 1): the sums of what it returns first, and side by side,
+    [M, ...], what it returns second; zeros behind them."""
+
+    def zeros(x, *room):
+        return jnp.zeros((*room, *x.shape), x.dtype)
+
+    def add(i, found):
+        total, rows = found
+        more, row = one(i)
+        return (
+            jax.tree.map(jnp.add, total, more),
+            jax.tree.map(lambda x, new: x.at[i].set(new), rows, row),
+        )
+
+    total, rows = jax.eval_shape(one, 0)
+    num_room = len(next(iter(batch.values())))
     return jax.lax.fori_loop(
-        0, num_micro, one, jnp.zeros(batch["tokens"].shape, jnp.float32)
+        0,
+        num_micro,
+        add,
+        (
+            jax.tree.map(zeros, total),
+            jax.tree.map(lambda x: zeros(x, num_room), rows),
+        ),
     )
 
 
 def lm_loss(
     params: qwen3.Params, micro: Batch, **model: Any
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
     """The SFT loss of one micro-batch (a `LossFn`, once `model` is bound).
 
     Args:
@@ -159,8 +182,8 @@ def lm_loss(
 
     Returns:
         The loss, how many `tokens` were trained, how many of them are `tokens_likely`: of
-        probability over one half, so what greedy decoding would choose; and how many were
-        read, `tokens_real`.
+        probability over one half, so what greedy decoding would choose; how many were
+        read, `tokens_real`, and of how many `samples`.
     """
     logp_BT = logprobs.token_logprobs(
         params,
@@ -174,8 +197,9 @@ def lm_loss(
         "tokens": jnp.sum(real_BT, dtype=jnp.float32),
         "tokens_likely": jnp.sum(real_BT & (logp_BT > jnp.log(0.5)), dtype=jnp.float32),
         "tokens_real": jnp.sum(micro["segment_ids"] != 0, dtype=jnp.float32),
+        "samples": jnp.sum(jnp.max(micro["segment_ids"], axis=1), dtype=jnp.float32),
     }
-    return losses.positive_lm_loss(logp_BT, micro["weight"]), metrics
+    return losses.positive_lm_loss(logp_BT, micro["weight"]), (metrics, {})
 
 
 def gppo_loss(
@@ -185,7 +209,7 @@ def gppo_loss(
     positive_coef: float,
     clip: dict[str, Any],
     **model: Any,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
     """The policy loss plus `positive_coef` x the positive-LM loss (Eq. 14), of one
     micro-batch.
 
@@ -199,7 +223,8 @@ def gppo_loss(
     Returns:
         The loss, and the metrics of `losses.policy_loss` with `policy_loss`,
         `positive_loss`, `entropy` (sum of weight x entropy, nats) and `ratios_below`
-        (`losses.ratios_below`).
+        (`losses.ratios_below`); of the tokens, their `log_ratio` [B, T] float16, 0 under
+        weight 0.
     """
     logp_BT, entropy_BT = logprobs.token_logprobs(
         params,
@@ -221,7 +246,9 @@ def gppo_loss(
             logp_BT, micro["old_logp"], micro["weight"]
         ),
     }
-    return policy_loss + positive_coef * positive_loss, metrics
+    log_ratio_BT = jnp.where(micro["weight"] != 0, logp_BT - micro["old_logp"], 0)
+    per_token = {"log_ratio": log_ratio_BT.astype(jnp.float16)}
+    return policy_loss + positive_coef * positive_loss, (metrics, per_token)
 
 
 def micro_batches(

@@ -165,15 +165,7 @@ def test_rows_without_normalising_and_of_nothing():
     np.testing.assert_allclose(rows["advantage"].min(1), [0, -2 / 3, -2 / 3], rtol=1e-6)
     empty = batch.make_rows(got, np.zeros(0, int), config)
     assert {value.shape for value in empty.values()} == {(0, 10)}
-    nothing = batch.mini_batches(
-        empty,
-        np.zeros(0, int),
-        np.zeros(0, bool),
-        prompts=2,
-        aggregation="token_mean",
-        norm_tokens=6,
-    )
-    assert list(nothing) == []
+    assert batch.mini_batch_rows(np.zeros(0, int), prompts=2) == []
 
 
 @hypothesis.settings(max_examples=60)
@@ -200,7 +192,7 @@ def test_mini_batches(sizes, prompts, aggregation, data):
             rows,
             groups_B,
             positive_B,
-            prompts=prompts,
+            batch.mini_batch_rows(groups_B, prompts),
             aggregation=aggregation,
             norm_tokens=3,
         )
@@ -297,7 +289,9 @@ def test_sample_rows_are_json():
     chosen, _ = batch.select(got, CONFIG)
     assert chosen.tolist() == [0, 1]
     rows = batch.make_rows(got, chosen, CONFIG)
-    written = batch.sample_rows(got, chosen, rows, waiting={})
+    learnt = {"old_logp": rows["mask"] * -1.5, "log_ratio": rows["tokens"] / 3e3}
+    rows |= learnt
+    written = batch.sample_rows(got, chosen, rows, waiting={}, token_groups=1)
     assert json.loads(json.dumps(written, allow_nan=False)) == written
     assert written[1] == {
         "prompt_id": 0,
@@ -313,18 +307,35 @@ def test_sample_rows_are_json():
         "num_tokens": 2,
         "policy_steps": [0],
         "logprob": -2.125,
+        "tokens": [200, 201],
+        "old_logp": [-1.5, -1.5],
+        "log_ratio": [0.0667, 0.067],
     }
     assert written[0]["advantage"] == -written[1]["advantage"]
     assert [row["advantage"] for row in written[2:]] == [None] * 4
     assert [row["reward"] for row in written] == [1, -1, None, 1, 1, 1]
     assert written[2]["reward_status"] == "error"
     assert [row["group"] for row in written] == [0, 0, 0, 1, 1, 1]
-    nothing = batch.sample_rows(
-        got, chosen[:0], batch.make_rows(got, chosen[:0], CONFIG), waiting={}
-    )
+    none = batch.make_rows(got, chosen[:0], CONFIG)
+    nothing = batch.sample_rows(got, chosen[:0], none, waiting={}, token_groups=1)
     assert {row["advantage"] for row in nothing} == {None}
-    later = batch.sample_rows(got, chosen, rows, waiting={1: got.groups[1]})
+    later = batch.sample_rows(
+        got, chosen, rows, waiting={1: got.groups[1]}, token_groups=1
+    )
     assert later == written[:3]
+
+
+def test_so_many_groups_are_written_token_by_token():
+    got = make([1, -1, 1] * 4)
+    chosen = np.array([6, 7, 8, 3, 4, 9, 10, 11])  # Of groups 2, 1 and 3.
+    rows = batch.make_rows(got, chosen, CONFIG)
+    rows["old_logp"], rows["log_ratio"] = rows["mask"] * -1.5, rows["mask"] * np.nan
+    for count, want in ((0, set()), (2, {6, 7, 8, 3, 4}), (9, set(chosen.tolist()))):
+        written = batch.sample_rows(got, chosen, rows, {}, token_groups=count)
+        assert {b for b, row in enumerate(written) if "tokens" in row} == want
+        for b in want:
+            assert written[b]["tokens"] == got.samples[b].tokens
+            assert written[b]["log_ratio"] == [None] * len(got.samples[b].tokens)
 
 
 def test_parts_of_the_reward_go_by_the_tags():
@@ -410,6 +421,29 @@ def test_a_reward_that_always_fails_stops_the_run():
         Outcome(NAN, "late", "")
     ] * 3  # The step's deadline: not the function's fault.
     rollout.check_rewards(dataclasses.replace(got, outcomes=late))
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    prompts=st.integers(1, 3),
+    data=st.data(),
+)
+def test_log_ratios_find_back_to_their_tokens(sizes, prompts, data):
+    groups_B = np.repeat(np.arange(len(sizes)), sizes)
+    B, T = len(groups_B), 7
+    lengths = np.array(data.draw(st.lists(st.integers(1, T), min_size=B, max_size=B)))
+    segment_ids_BT = (np.arange(T) < lengths[:, None]).astype(np.int32)
+    want_BT = np.arange(1, B * T + 1, dtype=np.float32).reshape(B, T) * segment_ids_BT
+    parts = batch.mini_batch_rows(groups_B, prompts)
+    updates = []
+    for index in parts:
+        rows = {"segment_ids": segment_ids_BT[index], "x": want_BT[index]}
+        packed, _ = batch.pack(rows)
+        room = np.zeros((B + 3 - len(packed["x"]), T), np.float32)  # Empty rows.
+        updates.append(np.concatenate([packed["x"], room])[None])
+    got_BT = batch.log_ratios(segment_ids_BT, parts, updates)
+    np.testing.assert_array_equal(got_BT, want_BT)
 
 
 @hypothesis.given(st.lists(st.integers(0, 12), max_size=40))

@@ -320,11 +320,12 @@ def test_updates_of_a_rollout_batch(name, groups, sizes):
     _, c = parse(name)
     n = c.rollout.samples_per_prompt
     ones = np.ones((groups * n, 2), np.float32)
+    groups_B = np.arange(groups).repeat(n)
     minis = batch.mini_batches(
         {"mask": ones, "behaviour_logp": ones},
-        np.arange(groups).repeat(n),
+        groups_B,
         ones[:, 0],
-        prompts=c.minibatch_prompts,
+        batch.mini_batch_rows(groups_B, c.minibatch_prompts),
         aggregation=c.loss.aggregation,
         norm_tokens=c.rollout.max_new_tokens,
     )

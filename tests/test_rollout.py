@@ -33,6 +33,7 @@ CONFIG = rollout.RolloutConfig(
     drop_unfinished=False,
     overlong_tokens=0,
     overlong_penalty=1.0,
+    token_groups=0,
 )
 REWARDS = routing.RewardConfig(
     kinds={"math": routing.Kind("math", {"wrong": -1.0, "correct": 1.0})},
@@ -109,6 +110,7 @@ def collect(params, groups, pool=None, **other):
         "engine": sampler.Engine(num_slots=4, decode_steps=1),
         "slot_tokens": 16,
         "stop_strings": (),
+        "tell": lambda text: None,
     }
     complete, going_on, counts = rollout.collect(
         params,

@@ -117,12 +117,13 @@ def accumulate(name, mesh, remat="none"):
 
 @pytest.fixture(scope="module")
 def whole(params, rows):
-    """The gradients and metrics of each loss: one device, all rows at once."""
+    """The gradients and metrics of each loss, those of tokens among them: one device, all
+    rows at once."""
 
     def grads(name):
         run = jax.jit(jax.value_and_grad(loss(name), has_aux=True))
-        (value, metrics), grads = run(params, rows)
-        return grads, metrics | {"loss": value}
+        (value, (metrics, per_token)), grads = run(params, rows)
+        return grads, metrics | {"loss": value} | per_token
 
     return {name: jax.device_get(grads(name)) for name in ("lm", "gppo")}
 
@@ -145,10 +146,18 @@ def test_any_cut_gives_the_same_gradients(params, rows, whole, name, mesh, remat
     layout, program = accumulate(name, mesh, remat)
     spread = sharding.put(params, qwen3.params_shardings(CONFIG, layout))
     for micro_rows, packed in cuts:
-        some = batch.pack(rows)[0] if packed else rows
+        some, places = batch.pack(rows) if packed else (rows, None)
         count = -(-len(some["tokens"]) // micro_rows)
         micro = steps.micro_batches(some, micro_rows, ROOM[micro_rows], layout)
-        assert_same(program(spread, micro, count), whole[name])
+        grads, metrics = program(spread, micro, count)
+        if name == "gppo":
+            x_MBT = np.asarray(metrics["log_ratio"])
+            x_RT = x_MBT.reshape(-1, x_MBT.shape[-1])
+            metrics["log_ratio"] = (
+                batch.unpack(x_RT, places) if packed else x_RT[: len(rows["tokens"])]
+            )
+            assert not x_MBT[count:].any()
+        assert_same((grads, metrics), whole[name])
 
 
 def assert_same(got, want):
@@ -160,7 +169,8 @@ def assert_same(got, want):
         assert gap <= 1e-5, (jax.tree_util.keystr(path), gap)
     assert metrics.keys() == want_metrics.keys()
     for key, value in want_metrics.items():
-        np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-6)
+        rtol = 2e-3 if value.dtype == np.float16 else 1e-5
+        np.testing.assert_allclose(metrics[key], value, rtol=rtol, atol=1e-6)
 
 
 assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
@@ -174,6 +184,7 @@ def test_the_batch_reaches_every_region(whole):
         metrics["policy_loss"] + 0.1 * metrics["positive_loss"], rel=1e-6
     )
     assert whole["lm"][1]["tokens"] == metrics["tokens"] == (51 - 2 * 8)
+    assert np.count_nonzero(metrics["log_ratio"]) == metrics["tokens"]
 
 
 def test_what_is_empty_or_beyond_the_count_adds_nothing(params, rows, whole):
@@ -240,7 +251,7 @@ def test_train_step_is_adamw(scale):
 
     def loss_fn(params, micro):
         value = jnp.sum(params["w"] * micro["grad"])
-        return value, {"ones": jnp.float32(1)}
+        return value, ({"ones": jnp.float32(1)}, {})
 
     step = jax.jit(
         functools.partial(steps.train_step, loss_fn=loss_fn, tx=optim.optimizer(OPTIM))
@@ -360,6 +371,7 @@ def test_the_state_is_float32_whatever_the_activations(params, rows, dtype):
     lowered = program.lower(state, batch, 1, 1e-3)
     assert ("bf16" in lowered.as_text()) == (dtype == jnp.bfloat16)
     new, metrics = lowered.out_info
+    assert metrics.pop("log_ratio").dtype == jnp.float16
     assert {x.dtype for x in jax.tree.leaves((new.params, metrics))} == {
         jnp.dtype("float32")
     }
