@@ -104,6 +104,10 @@ def rewards(num_workers: int) -> ml_collections.ConfigDict:
     c.sources = ml_collections.ConfigDict()
     c.sources.math_longcot_math_verify = "math"  # [R]
     c.sources.coder1_longcot = "code"  # [R]
+    c.sources.livecodebench = (
+        "code"  # [ours] `klear_jax.data.benchmarks` names them so.
+    )
+    c.sources.humaneval = "code"  # [ours]
     c.kind = "math"  # Of rows without a data_source.
     c.full_credit = 1.0  # [R] The reward that is right, and positive for the LM loss.
     c.num_workers = num_workers
@@ -117,14 +121,16 @@ def rewards(num_workers: int) -> ml_collections.ConfigDict:
 
 def benchmark_kinds() -> ml_collections.ConfigDict:
     """The kinds of reward of an evaluation, which go before those of training: an answer
-    wherever it stands, and programs that pass all of their tests."""
+    wherever it stands, and programs that pass all of their tests; no tags are asked for."""
     c = ml_collections.ConfigDict()
     c.math = ml_collections.ConfigDict()
-    c.math.function = "math_judge"  # [R] The whole text, no tags asked for.
+    c.math.function = "math_judge"  # [R] The whole text.
     c.math.options = ml_collections.ConfigDict()
     c.math.options.correct = 1.0  # [R]
     c.math.options.wrong = -1.0  # [R]
     c.code = rewards(num_workers=1).kinds.code  # [R] As in training, but for:
+    c.code.function = "code_judge"  # [ours] The last program behind the thinking.
+    del c.code.options.no_think_end, c.code.options.no_think_start
     c.code.options.soft = False  # [P] pass@1.
     c.code.options.max_tests = 0  # [P] All that a problem has.
     return c

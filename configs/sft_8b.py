@@ -30,6 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.task = "sft"  # 'sft' or 'gppo': which loop runs.
     c.seed = 0  # [ours] Of the order of the data.
     c.workdir = "runs/sft_8b"  # Where all of the run is written, or --workdir.
+    # A project of Weights & Biases that gets the metrics, too; '': none.
+    c.wandb = ""  # [ours]
     c.init_from = "models/Qwen3-8B-Base"  # [P] A Hugging Face folder or a workdir.
     c.tokenizer = "models/Qwen3-8B-Base"  # [P] A folder with tokenizer.json.
 
@@ -96,6 +98,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.data = "data/aime24.jsonl"  # [P] A TFDS version folder or JSON lines.
     c.evaluation.split = ""  # Of a TFDS data set.
+    # Of problems with a date: the first day and the last, such as "2025-02-01"; "": any.
+    c.evaluation.since, c.evaluation.until = "", ""  # [ours]
     c.evaluation.num_problems = 0  # [P] The first ones; 0: all, 30 of AIME.
     c.evaluation.num_samples = 64  # [P] Table 1: n of avg@n.
     c.evaluation.temperature = 0.6  # [P]

@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.task = "sft"  # 'sft' or 'gppo': which loop runs.
     c.seed = 0  # Of the parameters and of the order of the data.
     c.workdir = "runs/sft_tiny"  # Where all of the run is written, or --workdir.
+    c.wandb = ""  # A project of Weights & Biases, for the metrics; '': none.
     c.init_from = ""  # A Hugging Face folder or a workdir; '': random parameters.
     c.tokenizer = "runs/data/tokenizer"  # Folder of tokenizer.json or .model.
 
@@ -92,6 +93,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()  # avg@8 at temperature 1, and greedy.
     c.evaluation.data = "runs/data/arithmetic/1.0.0"  # As data.path.
     c.evaluation.split = "test"
+    # Of problems with a date: the first day and the last, such as "2025-02-01"; "": any.
+    c.evaluation.since, c.evaluation.until = "", ""
     c.evaluation.num_problems = 512  # The first ones; 0: all.
     c.evaluation.num_samples = 8  # n of avg@n; 0: greedy only.
     c.evaluation.temperature = 1.0

@@ -40,6 +40,7 @@ MAY_CHANGE = tuple(
     f"config.{name}"
     for name in (
         "workdir",
+        "wandb",
         "mesh.",
         "sampler.",
         "micro_rows",
@@ -513,6 +514,12 @@ def model_folder(path: str | epath.Path) -> epath.Path:
     )
 
 
+def find_model(path: str | epath.Path) -> epath.Path:
+    """What `load_model` reads: of a workdir, the newest checkpoint that is not damaged."""
+    path = epath.Path(path)
+    return _newest_undamaged(path) if is_workdir(path) else path
+
+
 def check_model(path: str | epath.Path, config: qwen3.Config) -> None:
     """Raises an InputError unless there is a model of this architecture to load."""
     found = hf_weights.read_config(model_folder(path))
@@ -557,7 +564,7 @@ def load_model(
         )
     else:
         abstract = _placed(abstract, qwen3.params_shardings(config, layout))
-    folder = path if _is_checkpoint(path) else _newest_undamaged(path)
+    folder = find_model(path)
     try:
         with ocp.CheckpointManager(_absolute(folder.parent)) as manager:
             params = manager.restore(

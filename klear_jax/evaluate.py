@@ -1,45 +1,61 @@
-"""Accuracy of a model on problems with answers: avg@n, pass@k, greedy, with intervals.
+"""Accuracy of a model on problems with answers: avg@n, pass@k, maj@k, with intervals.
 
     python -m klear_jax.evaluate --config=configs/gppo_tiny.py --workdir=runs/gppo_tiny
 
 evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
 another workdir; or, with neither, what the config starts from) as the config's section
 `evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and
-writes it, with the share of right answers of each problem, to --output: by default
-evaluation.json in the workdir.
-
-With --samples=FILE it writes the samples instead, a line of JSON each: prompt, response,
-answer, reward, correct. `prepare_data` reads them: for the pass rate of each prompt, or to
-learn from. The same command goes on with a file that was begun.
+writes it to --output, by default evaluation.json in the workdir, with a table beside it
+(.md), and all answers (.samples.jsonl, or --samples=FILE): prompt, response, answer, reward,
+correct. `prepare_data` reads these: for the pass rate of each prompt, or to learn from.
+The same command goes on where it was cut off.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
-import math
-import os
-import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from etils import epath
 
-from klear_jax import checkpoint, config, hosts, qwen3, rollout, sampler, tokens
+from klear_jax import (
+    checkpoint,
+    config,
+    estimates,
+    hosts,
+    preemption,
+    progress,
+    qwen3,
+    rollout,
+    sampler,
+    tokens,
+)
+from klear_jax.answers import Answers, Key, Row, finite, key_of
 from klear_jax.data.batches import all_prompts
 from klear_jax.data.examples import read_examples
+from klear_jax.data.rows import Example
 from klear_jax.errors import InputError
 from klear_jax.rewards import routing
-from klear_jax.rewards.pool import Pool
+from klear_jax.rewards.pool import Outcome, Pool
 from klear_jax.rewards.routing import RewardConfig
 from klear_jax.sampling import Sampling
 from klear_jax.sharding import Layout, MeshConfig, make_mesh, put
 
-BOOTSTRAP = 10_000  # Resamples of the problems for an interval.
-SAMPLED_AT_ONCE = 1024  # Problems between two writes of --samples.
+GRACE_S = 25.0  # From a signal to the end: a spot TPU goes 30 s after it is told.
+EXCERPT = 60  # Characters of a problem in a table.
+# Reward -> what stands for an answer in a vote. Programs have no vote.
+VOTES = {
+    "math": "math_answer",
+    "math_judge": "math_answer",
+    "last_number": "last_number_answer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +64,11 @@ class EvaluationConfig:
 
     data: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
-    num_problems: int  # The first ones of the split; 0: all.
+    since: (
+        str  # Of problems with a date: the first day, and the last, such as 2025-02-01;
+    )
+    until: str  # '': any.
+    num_problems: int  # The first ones of each data set; 0: all.
     num_samples: int  # n: samples a problem. 0: greedy only.
     temperature: float
     top_p: float
@@ -73,6 +93,8 @@ class EvaluationConfig:
                 raise InputError(
                     f"evaluation.{name} must be at least 1, not {getattr(self, name)}"
                 )
+        for name in ("since", "until"):
+            _check_day(name, getattr(self, name))
         if "" in self.stop_strings:
             raise InputError("evaluation.stop_strings holds an empty string")
         if not self.num_samples and not self.greedy:
@@ -103,31 +125,75 @@ class EvaluationConfig:
         return self.every > 0 and steps_done % self.every == 0
 
 
+def _check_day(name: str, day: str) -> None:
+    try:
+        datetime.date.fromisoformat(day or "2000-01-01")
+    except ValueError:
+        raise InputError(
+            f"evaluation.{name} must be a day such as 2025-02-01, or '', not {day!r}"
+        ) from None
+
+
 def load_problems(
     config: EvaluationConfig,
     tokenizer: tokens.Tokenizer,
     rewards: RewardConfig,
     pool: Pool | None,
 ) -> dict[str, list[Any]]:
-    """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`.
+    """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`, and
+    `data`, the data set of each, by its name.
 
     Args:
         rewards: those of training.
         pool: to try the rewards out; None: they will not be needed.
+
+    Raises:
+        InputError: what cannot be read or scored, and a window without problems.
     """
-    examples = read_examples(config.data, config.split)[: config.num_problems or None]
+    examples, names = [], []
+    for path in config.data.split(","):
+        found = [
+            one for one in read_examples(path, config.split) if _in_window(one, config)
+        ]
+        if not found:
+            raise InputError(
+                f"{path} has no problem from {config.since} to {config.until}"
+            )
+        found = found[: config.num_problems or None]
+        examples += found
+        names += [data_name(path)] * len(found)
+    if "," in config.data:  # Each file counts its own from 0.
+        examples = [
+            dataclasses.replace(one, prompt_id=i) for i, one in enumerate(examples)
+        ]
     rewards = config.rewards(rewards)
     routing.check(rewards, examples)
     if pool:
         routing.try_out(pool, rewards, examples)
-    return all_prompts(
-        examples,
-        tokenizer,
-        max_prompt_tokens=config.max_prompt_tokens,
+    problems = all_prompts(
+        examples, tokenizer, max_prompt_tokens=config.max_prompt_tokens
     )
+    return problems | {"data": names}
 
 
-def evaluate(
+def _in_window(example: Example, config: EvaluationConfig) -> bool:
+    if not config.since and not config.until:
+        return True
+    if not example.date:
+        raise InputError(
+            f"{example.origin} has no date, for evaluation.since and evaluation.until"
+        )
+    return config.since <= example.date <= (config.until or example.date)
+
+
+def data_name(path: str) -> str:
+    """What a data set is called in results: its file's name up to the first dot; its folder's,
+    without the version."""
+    path = epath.Path(path)
+    return (path.parent if path.is_dir() else path).name.split(".")[0]
+
+
+def draw(
     params: qwen3.Params,
     model: qwen3.Config,
     problems: Mapping[str, Sequence[Any]],
@@ -135,66 +201,141 @@ def evaluate(
     pool: Pool,
     rewards: RewardConfig,
     config: EvaluationConfig,
+    sampling: Sampling,
     *,
     engine: sampler.Engine,
     dtype: jnp.dtype,
-    layout: Layout | None = None,
-) -> tuple[dict[str, float], list[rollout.Rollout]]:
-    """Samples, scores and sums up.
+    layout: Layout | None,
+    tell: rollout.Tell,
+    found: Mapping[Key, Row],
+    add: Callable[[Row], None] | None,
+) -> list[Row]:
+    """Samples and scores: one answer for greedy sampling, else num_samples, a problem.
 
     Args:
-        rewards: those of training; `config.kinds` go before.
+        rewards: of the evaluation.
+        found: answers that need not be drawn again.
+        add: is called with the others that this process scores, as they come.
 
     Returns:
-        Metrics, and the rollouts behind them (sampled, then greedy). With n samples:
-        `avg@n` with `avg@n_low`, `avg@n_high` (95% bootstrap over problems), `pass@k` for
-        k = 1, 2, 4 .. n (unbiased), `accuracy` (the same as avg@n), `length`, `finished`;
-        `greedy` with its interval. A sample is right if its reward is full credit.
+        All answers, problem by problem, on all processes.
     """
-
-    rewards = config.rewards(rewards)
-
-    def correct(num_samples, sampling):
-        groups, _, _ = rollout.collect(
-            params,
-            model,
-            rollout.open_groups(
-                problems,
-                rewards,
-                num_samples=num_samples,
-                max_new_tokens=config.max_new_tokens,
-                key=jax.random.key(config.seed),
-                seed=f"evaluation/{config.seed}",
-            ),
-            tokenizer,
-            pool,
-            rewards,
-            sampling=sampling,
-            engine=engine,
-            slot_tokens=config.row_tokens,
-            stop_strings=config.stop_strings,
-            dtype=dtype,
-            layout=layout,
-        )
-        rollouts.append(rollout.flatten(groups, tokenizer, rewards.full_credit))
-        return rollouts[-1].correct_B.reshape(-1, num_samples)
-
-    metrics: dict[str, float] = {"problems": len(problems["tokens"])}
-    rollouts: list[rollout.Rollout] = []
-    if n := config.num_samples:
-        correct_PN = correct(n, config.sampling())
-        metrics |= interval(f"avg@{n}", correct_PN.mean(axis=1))
-        ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
-        metrics |= {f"pass@{k}": float(pass_at_k(correct_PN, k).mean()) for k in ks}
-        metrics["length"] = float(np.mean([len(s.tokens) for s in rollouts[0].samples]))
-        metrics["finished"] = float(np.mean([s.finished for s in rollouts[0].samples]))
-    if config.greedy:
-        metrics |= interval("greedy", correct(1, config.samplings()[-1])[:, 0])
-    metrics["accuracy"] = metrics[f"avg@{n}" if n else "greedy"]
-    metrics["scoring_errors"] = sum(
-        not np.isfinite(outcome.score) for r in rollouts for outcome in r.outcomes
+    greedy = sampling.temperature == 0
+    num_samples = 1 if greedy else config.num_samples
+    groups = rollout.open_groups(
+        problems,
+        rewards,
+        num_samples=num_samples,
+        max_new_tokens=config.max_new_tokens,
+        key=jax.random.key(config.seed),
+        seed=f"evaluation/{config.seed}",
     )
-    return metrics, rollouts
+    ids = problems["prompt_ids"]
+    rows = [[found.get((one, greedy, j)) for j in range(num_samples)] for one in ids]
+    groups = [_without(*pair) for pair in zip(groups, rows, strict=True)]
+
+    def row_of(i: int, j: int, sample: sampler.Sample, outcome: Outcome) -> Row:
+        return {
+            "prompt_id": ids[i],
+            "greedy": greedy,
+            "sample": j,
+            "data": problems["data"][i],
+            "prompt": problems["messages"][i],
+            "response": tokenizer.decode(sample.tokens),
+            "answer": problems["answers"][i],
+            "data_source": problems["sources"][i],
+            "reward": finite(outcome.score),
+            "reward_status": outcome.status,
+            "correct": outcome.score == rewards.full_credit,
+            "finished": sample.finished,
+            "num_tokens": len(sample.tokens),
+        }
+
+    def on_scored(i: int, j: int, sample: sampler.Sample, outcome: Outcome) -> None:
+        if add is not None:
+            add(row_of(i, j, sample, outcome))
+
+    done, _, _ = rollout.collect(
+        params,
+        model,
+        groups,
+        tokenizer,
+        pool,
+        rewards,
+        sampling=sampling,
+        engine=engine,
+        slot_tokens=config.row_tokens,
+        stop_strings=config.stop_strings,
+        tell=tell,
+        on_scored=on_scored,
+        dtype=dtype,
+        layout=layout,
+    )
+    return [
+        rows[i][j] or row_of(i, j, open_.group.samples[j], open_.outcomes[j])
+        for i, open_ in enumerate(done)
+        for j in range(num_samples)
+    ]
+
+
+def _without(open_: rollout.OpenGroup, rows: Sequence[Row | None]) -> rollout.OpenGroup:
+    """The group, its samples that have a row neither to be drawn nor to be scored."""
+    had = sampler.Sample([], np.zeros(0, np.float32), finished=True)
+    known = Outcome(np.nan, "ok", "")
+    samples = [had if row else sampler.NOT_BEGUN for row in rows]
+    return dataclasses.replace(
+        open_,
+        group=dataclasses.replace(open_.group, samples=samples),
+        outcomes=[known if row else None for row in rows],
+    )
+
+
+def summary(
+    rows: Sequence[Row], votes: Mapping[Key, float] | None = None
+) -> dict[str, float]:
+    """What the answers show of a model. A sample is right if its reward is full credit.
+
+    Args:
+        rows: from `draw`, of n samples a problem or greedy or both.
+        votes: what stands for each answer, 0 for none; None: nothing is said of majorities.
+
+    Returns:
+        With n samples: `avg@n` with `avg@n_low`, `avg@n_high` (95% bootstrap over problems),
+        `pass@k` for k = 1, 2, 4 .. n (unbiased), `maj@k` likewise, the tokens of an answer
+        (`length`, its percentiles and most), `truncated`, the share that met the limit, and
+        `accuracy`, which is avg@n; `greedy` with its interval, which is the accuracy if there
+        is nothing else.
+    """
+    metrics: dict[str, float] = {"problems": len({row["prompt_id"] for row in rows})}
+    sampled = [row for row in rows if not row["greedy"]]
+    greedy = [row for row in rows if row["greedy"]]
+    n = len(sampled) // metrics["problems"]
+    if sampled:
+        correct_PN = np.array([row["correct"] for row in sampled]).reshape(-1, n)
+        metrics |= estimates.interval(f"avg@{n}", correct_PN.mean(axis=1))
+        ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+        metrics |= {
+            f"pass@{k}": float(estimates.pass_at_k(correct_PN, k).mean()) for k in ks
+        }
+        if votes is not None:
+            votes_PN = np.reshape([votes[key_of(row)] for row in sampled], (-1, n))
+            metrics |= {
+                f"maj@{k}": float(estimates.maj_at_k(votes_PN, correct_PN, k).mean())
+                for k in ks
+            }
+    if greedy:
+        right_P = np.array([row["correct"] for row in greedy], float)
+        metrics |= estimates.interval("greedy", right_P)
+    metrics["accuracy"] = metrics[f"avg@{n}" if n else "greedy"]
+    length_B = [row["num_tokens"] for row in sampled or greedy]
+    metrics |= {
+        "length": float(np.mean(length_B)),
+        **{f"length_p{p}": float(np.percentile(length_B, p)) for p in (50, 90)},
+        "length_max": int(max(length_B)),
+        "truncated": float(np.mean([not row["finished"] for row in sampled or greedy])),
+        "scoring_errors": sum(row["reward"] is None for row in rows),
+    }
+    return metrics
 
 
 def during_training(
@@ -204,44 +345,49 @@ def during_training(
     pool: Pool,
     config: Any,
     layout: Layout,
+    tell: rollout.Tell,
 ) -> dict[str, float]:
-    """`evaluate` as the section `evaluation` of an SFT or GPPO config says; names eval/..."""
-    metrics, _ = evaluate(
-        params,
-        config.model,
-        problems,
-        tokenizer,
-        pool,
-        config.rewards,
-        config.evaluation,
-        engine=config.sampler,
-        dtype=jnp.dtype(config.dtype),
-        layout=layout,
-    )
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    """`summary` as the section `evaluation` of an SFT or GPPO config says; names eval/..."""
+    rows: list[Row] = []
+    for sampling in config.evaluation.samplings():
+        rows += draw(
+            params,
+            config.model,
+            problems,
+            tokenizer,
+            pool,
+            config.evaluation.rewards(config.rewards),
+            config.evaluation,
+            sampling,
+            engine=config.sampler,
+            dtype=jnp.dtype(config.dtype),
+            layout=layout,
+            tell=tell,
+            found={},
+            add=None,
+        )
+    return {f"eval/{name}": value for name, value in summary(rows).items()}
 
 
-def pass_at_k(correct_PN: np.ndarray, k: int) -> np.ndarray:
-    """The chance that k of a problem's n samples hold a right one, unbiased, [P].
+def count_votes(
+    rows: Sequence[Row], pool: Pool, rewards: RewardConfig
+) -> dict[Key, float] | None:
+    """What stands for the answer of each sampled row, 0 for none; None if a problem's kind of
+    reward knows no answers to compare.
 
-    1 - C(n - c, k) / C(n, k) with c right ones (arXiv 2107.03374, Eq. 1).
+    Args:
+        rewards: of the evaluation.
     """
-    n = correct_PN.shape[1]
-    right_P = correct_PN.sum(axis=1)
-    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right_P])
-
-
-def interval(name: str, value_P: np.ndarray) -> dict[str, float]:
-    """The mean over problems and its 95% bootstrap interval: name, name_low, name_high."""
-    rng = np.random.default_rng(0)
-    num = len(value_P)
-    means = [value_P[rng.integers(num, size=num)].mean() for _ in range(BOOTSTRAP)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {
-        name: float(value_P.mean()),
-        f"{name}_low": float(low),
-        f"{name}_high": float(high),
-    }
+    asked = {}
+    for row in rows:
+        kind = rewards.kinds[rewards.kind_of(row["data_source"])]
+        if kind.function not in VOTES:
+            return None
+        if not row["greedy"]:
+            vote = VOTES[kind.function]
+            asked[key_of(row)] = pool.submit(vote, row["response"], "", wrong=0.0)
+    scores = {key: future.result().score for key, future in asked.items()}
+    return {key: float(np.nan_to_num(score)) for key, score in scores.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +408,10 @@ class CommandConfig:
 def main(argv: list[str]) -> None:
     """The command, see above."""
     texts = {
-        "workdir": "Evaluate its newest checkpoint, and write evaluation.json there.",
+        "workdir": "Evaluate its newest checkpoint, and write the results there.",
         "model": "Evaluate this Hugging Face folder or workdir instead.",
-        "output": "Write the result there instead.",
-        "samples": "Only write samples there, as JSON lines, or go on with them.",
+        "output": "The file of the result, such as results/base.json; others lie beside it.",
+        "samples": "The file of the answers, JSON lines.",
     }
     flags = config.parse_flags(argv, __doc__, texts)
     names = {field.name for field in dataclasses.fields(CommandConfig)}
@@ -274,173 +420,219 @@ def main(argv: list[str]) -> None:
         CommandConfig, {name: values[name] for name in names & set(values)}
     )
     output = flags.output or (
-        flags.workdir and epath.Path(flags.workdir) / "evaluation.json"
+        flags.workdir and str(epath.Path(flags.workdir) / "evaluation.json")
     )
+    if output and not output.endswith(".json"):
+        raise InputError(f"--output={output} must end in .json")
+    with preemption.watch(GRACE_S), routing.make_pool(c.rewards) as pool:
+        run(c, flags.model or flags.workdir or c.init_from, output, flags.samples, pool)
 
-    path = flags.model or flags.workdir or c.init_from
+
+def run(
+    c: CommandConfig, path: str, output: str | None, samples: str | None, pool: Pool
+) -> None:
+    """Evaluates the model at `path`, or a random one for '', and says and writes what it
+    found."""
     hosts.join()
+    path = str(checkpoint.find_model(path)) if path else ""
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
-    with routing.make_pool(c.rewards) as pool:
-        problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
-        layout = Layout(make_mesh(c.mesh), c.mesh.rules)
-        if path:
-            params, model = checkpoint.load_model(path, layout)
-            if c.model.yarn:  # It reaches further than it was trained.
-                far = {"yarn": c.model.yarn, "max_positions": c.model.max_positions}
-                model = dataclasses.replace(model, **far)
-        else:
-            model = c.model
-            params = qwen3.init_params(model, jax.random.key(c.seed))
-            params = put(params, qwen3.params_shardings(model, layout))
+    problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
+    made_with = fingerprint(c, path, tokenizer)
+    samples = samples or (
+        output and f"{output.removesuffix('.json')}_{made_with}.samples.jsonl"
+    )
+    answers = Answers(samples, made_with) if samples else None
+    rows = draw_all(c, path, problems, tokenizer, pool, answers)
+    if not hosts.first():
+        return
+    votes = count_votes(rows, pool, c.evaluation.rewards(c.rewards))
+    result = results(rows, votes)
+    print(json.dumps({k: v for k, v in result.items() if k != "per_problem"}, indent=2))
+    if output:
+        about = {"model": path, "made_with": made_with, "samples": samples}
+        text = json.dumps(result | about, indent=2) + "\n"
+        epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(output).write_text(text)
+        table = epath.Path(output).with_suffix(".md")
+        table.write_text(f"# {path}\n\n{markdown(result)}")
+        print(f"written to {output}, {table} and {samples}", file=sys.stderr)
 
-        def run(problems):
-            return evaluate(
+
+def fingerprint(c: CommandConfig, path: str, tokenizer: tokens.Tokenizer) -> str:
+    """Of all that decides on an answer to a problem, and on which problem has which number."""
+    e = c.evaluation
+    parts = (
+        (path, c.seed, c.model.yarn, tokenizer.fingerprint),
+        (e.data, e.split, e.since, e.until, "," in e.data and e.num_problems),
+        (e.sampling(), e.max_new_tokens, e.stop_strings, e.seed),
+        e.rewards(c.rewards).kinds,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def draw_all(
+    c: CommandConfig,
+    path: str,
+    problems: Mapping[str, Sequence[Any]],
+    tokenizer: tokens.Tokenizer,
+    pool: Pool,
+    answers: Answers | None,
+) -> list[Row]:
+    """All answers that the config asks for, drawn, or found among `answers`."""
+    found = answers.found if answers else {}
+    wanted = [
+        (one, greedy, j)
+        for greedy, num in (
+            (False, c.evaluation.num_samples),
+            (True, c.evaluation.greedy),
+        )
+        for one in problems["prompt_ids"]
+        for j in range(num)
+    ]
+    if all(key in found for key in wanted):
+        return [found[key] for key in wanted]
+    layout = Layout(make_mesh(c.mesh), c.mesh.rules)
+    sampler.check_engine(c.sampler, layout, c.evaluation.row_tokens)
+    params, model = load(c, path, layout)
+    num_done = sum(key in found for key in wanted)
+    with (
+        answers or contextlib.nullcontext(),
+        progress.Progress("evaluation", num_done, len(wanted), unit="sample") as shown,
+    ):
+
+        def add(row: Row) -> None:
+            shown.advance()
+            if answers:
+                answers.add(row)
+
+        rows: list[Row] = []
+        for sampling in c.evaluation.samplings():
+            rows += draw(
                 params,
                 model,
                 problems,
                 tokenizer,
                 pool,
-                c.rewards,
+                c.evaluation.rewards(c.rewards),
                 c.evaluation,
+                sampling,
                 engine=c.sampler,
                 dtype=jnp.dtype(c.dtype),
                 layout=layout,
+                tell=shown.tell,
+                found=found,
+                add=add,
             )
-
-        if flags.samples:
-            made_with = repr(
-                (path, tokenizer.fingerprint, c.evaluation, c.rewards.kinds)
-            )
-            write_samples(
-                pathlib.Path(flags.samples),
-                problems,
-                c.evaluation,
-                hashlib.sha256(made_with.encode()).hexdigest()[:16],
-                run,
-            )
-            return
-        metrics, rollouts = run(problems)
-    if not hosts.first():
-        return
-    print(json.dumps(metrics, indent=2))
-    if output:
-        metrics["per_problem"] = per_problem(problems, rollouts)
-        epath.Path(output).write_text(json.dumps(metrics, indent=2) + "\n")
+        if answers:
+            answers.finish(rows)
+    return rows
 
 
-def write_samples(
-    path: pathlib.Path,
-    problems: Mapping[str, Sequence[Any]],
-    config: EvaluationConfig,
-    made_with: str,
-    run: Callable[[Mapping[str, Sequence[Any]]], tuple[Any, list[rollout.Rollout]]],
-) -> None:
-    """Appends num_samples lines a problem to the file, some problems at a time.
-
-    Args:
-        path: of the file, on a disk that all hosts see. Problems that it has whole are not
-            sampled again.
-        problems: as `load_problems` returns them.
-        config: num_samples and greedy say how many rollouts `run` makes.
-        made_with: tells these samples from others; a file of others is an InputError.
-        run: `evaluate` for some of the problems.
-    """
-    if config.greedy or not config.num_samples:
-        raise InputError(
-            "--samples needs evaluation.num_samples above 0 and evaluation.greedy=False"
-        )
-    kept: list[int] = []
-    if hosts.first() and path.exists():
-        kept = _cut_to_whole_problems(path, config.num_samples, made_with)
-    done = set(hosts.gather(kept)[0])
-    left = [i for i, one in enumerate(problems["prompt_ids"]) if one not in done]
-    bar = tqdm.tqdm(
-        total=len(done) + len(left),
-        initial=len(done),
-        unit="prompt",
-        desc="sampling",
-        disable=not hosts.first(),
-    )
-    for begin in range(0, len(left), SAMPLED_AT_ONCE):
-        some = left[begin : begin + SAMPLED_AT_ONCE]
-        _, [found] = run(
-            {name: [column[i] for i in some] for name, column in problems.items()}
-        )
-        if hosts.first():
-            with path.open("a", encoding="utf-8", newline="") as file:
-                file.writelines(
-                    _sample_line(problems, some[found.group_B[b]], found, b, made_with)
-                    for b in range(len(found))
-                )
-        bar.update(len(some))
+def load(
+    c: CommandConfig, path: str, layout: Layout
+) -> tuple[qwen3.Params, qwen3.Config]:
+    """The model at `path`, with the config's YaRN if it has one; a random one for ''."""
+    if not path:
+        params = qwen3.init_params(c.model, jax.random.key(c.seed))
+        return put(params, qwen3.params_shardings(c.model, layout)), c.model
+    params, model = checkpoint.load_model(path, layout)
+    if c.model.yarn:  # It reaches further than it was trained.
+        far = {"yarn": c.model.yarn, "max_positions": c.model.max_positions}
+        model = dataclasses.replace(model, **far)
+    return params, model
 
 
-def _cut_to_whole_problems(
-    path: pathlib.Path, num_samples: int, made_with: str
-) -> list[int]:
-    """The prompt_ids of the problems that have all their samples; what was written of
-    another when the file was cut off is cut away."""
-    whole: list[int] = []
-    end, place, lines = 0, 0, 0
-    with path.open("rb") as file:
-        for line in file:
-            place, lines = place + len(line), lines + 1
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-                other = row.get("made_with") != made_with
-            except (ValueError, AttributeError):
-                other = True
-            if other:
-                raise InputError(
-                    f"{path} line {lines} is not of this model, data and evaluation: give "
-                    "another file"
-                )
-            if lines % num_samples == 0:
-                whole.append(row["prompt_id"])
-                end = place
-    os.truncate(path, end)
-    return whole
-
-
-def _sample_line(
-    problems: Mapping[str, Sequence[Any]],
-    i: int,
-    found: rollout.Rollout,
-    b: int,
-    made_with: str,
-) -> str:
-    reward = float(found.reward_B[b])
-    row = {
-        "prompt_id": problems["prompt_ids"][i],
-        "prompt": problems["messages"][i],
-        "response": found.texts[b],
-        "answer": problems["answers"][i],
-        "data_source": problems["sources"][i],
-        "reward": reward if math.isfinite(reward) else None,
-        "correct": bool(found.correct_B[b]),
-        "finished": found.samples[b].finished,
-        "made_with": made_with,
-    }
-    return json.dumps(row) + "\n"
-
-
-def per_problem(
-    problems: Mapping[str, Sequence[Any]],
-    rollouts: Sequence[rollout.Rollout],
-) -> list[dict[str, Any]]:
-    """A dict a problem: what it is, and the share of right answers of each rollout."""
-    num = len(problems["tokens"])
-    shares = [one.correct_B.reshape(num, -1).mean(axis=1) for one in rollouts]
-    return [
-        {
-            "prompt_id": problems["prompt_ids"][i],
-            "problem": problems["problems"][i],
-            "correct": [float(share[i]) for share in shares],
+def results(rows: Sequence[Row], votes: Mapping[Key, float] | None) -> dict[str, Any]:
+    """`summary` of all, `by_data` of each data set if there are several, and `per_problem`."""
+    result: dict[str, Any] = summary(rows, votes)
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    if len(names) > 1:
+        result["by_data"] = {
+            name: summary([row for row in rows if row["data"] == name], votes)
+            for name in names
         }
-        for i in range(num)
+    by_problem: dict[int, list[Row]] = {}
+    for row in rows:
+        by_problem.setdefault(row["prompt_id"], []).append(row)
+    result["per_problem"] = [_problem(mine, votes) for mine in by_problem.values()]
+    return result
+
+
+def _problem(rows: Sequence[Row], votes: Mapping[Key, float] | None) -> dict[str, Any]:
+    """How one problem went."""
+    sampled = [row for row in rows if not row["greedy"]]
+    greedy = [float(row["correct"]) for row in rows if row["greedy"]]
+    majority = None
+    if sampled and votes is not None:
+        votes_1N = [[votes[key_of(row)] for row in sampled]]
+        correct_1N = np.array([[row["correct"] for row in sampled]])
+        [majority] = estimates.maj_at_k(votes_1N, correct_1N, len(sampled)).tolist()
+    shown = sampled or rows
+    return {
+        "prompt_id": rows[0]["prompt_id"],
+        "data": rows[0]["data"],
+        "problem": rows[0]["prompt"][-1]["content"],
+        "samples": len(sampled),
+        "right": sum(row["correct"] for row in sampled),
+        "greedy": greedy[0] if greedy else None,
+        "majority": majority,
+        "truncated": float(np.mean([not row["finished"] for row in shown])),
+        "length": float(np.mean([row["num_tokens"] for row in shown])),
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Two tables: of the data sets, and of the problems."""
+    parts = {"all": result} | result.get("by_data", {})
+    n = result["per_problem"][0]["samples"]
+    columns = [f"avg@{n}", f"pass@{n}", f"maj@{n}", "greedy"]
+    columns = [name for name in columns if name in result]
+    lines = [
+        _line("", "problems", *columns, "truncated", "tokens"),
+        _line(*["---"] * (len(columns) + 4)),
     ]
+    for name, one in parts.items():
+        shown = [_percent(one, column) for column in columns]
+        tail = f"{100 * one['truncated']:.1f}%", f"{one['length']:,.0f}"
+        lines.append(_line(name, one["problems"], *shown, *tail))
+    lines += [
+        "",
+        "95% intervals by bootstrap over problems; tokens in the mean.",
+        "",
+        _line(
+            "", "problem", "right", "of", "greedy", "majority", "truncated", "tokens"
+        ),
+        _line(*["---"] * 8),
+    ]
+    for one in result["per_problem"]:
+        text = " ".join(one["problem"].split())[:EXCERPT].replace("|", "\\|")
+        lines.append(
+            _line(
+                f"{one['data']} {one['prompt_id']}",
+                text,
+                one["right"],
+                one["samples"],
+                *(
+                    "" if x is None else f"{x:g}"
+                    for x in (one["greedy"], one["majority"])
+                ),
+                f"{100 * one['truncated']:.0f}%",
+                f"{one['length']:,.0f}",
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _line(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _percent(values: Mapping[str, float], name: str) -> str:
+    text = f"{100 * values[name]:.1f}%"
+    if f"{name}_low" in values:
+        low, high = 100 * values[f"{name}_low"], 100 * values[f"{name}_high"]
+        text += f" ({low:.1f} - {high:.1f})"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a run writes down: metrics as JSON lines and TensorBoard, samples as JSON lines,
-where the time goes, what was compiled; and the metrics that sum up a step."""
+"""What a run writes down: metrics as JSON lines, TensorBoard and, on wish, Weights & Biases,
+samples as JSON lines, what was compiled; and the metrics that sum up a step."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -12,6 +13,8 @@ import re
 import shutil
 import tempfile
 import time
+import types
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,8 +27,17 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from klear_jax import hosts, losses
+from klear_jax.errors import InputError
 
 PUBLISH_S = 60
+
+
+def check_wandb(project: str) -> None:
+    """An InputError if Weights & Biases is asked for and not there."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"wandb={project!r} asks for Weights & Biases: pip install wandb, or set it to ''"
+        )
 
 
 class Writer:
@@ -36,12 +48,21 @@ class Writer:
     goes to the workdir whole, every PUBLISH_S and with every `publish`.
     """
 
-    def __init__(self, workdir: str | epath.Path, *, next_step: int):
+    def __init__(
+        self,
+        workdir: str | epath.Path,
+        *,
+        next_step: int,
+        wandb: str = "",
+        about: Mapping[str, Any] = types.MappingProxyType({}),
+    ):
         """Drops metrics and samples from `next_step` on: they will be written again.
 
         Args:
             workdir: must exist.
             next_step: the first step this process will write; 0 for a new run.
+            wandb: a project of Weights & Biases that gets the metrics, too; '': none.
+            about: the config, for it.
         """
         self._active = hosts.first()
         if not self._active:
@@ -71,6 +92,7 @@ class Writer:
         self._show(
             Event(step=next_step, session_log=SessionLog(status=SessionLog.START))
         )
+        self._wandb = _open_wandb(wandb, self._workdir, grows, about) if wandb else None
 
     @property
     def _rollouts(self) -> epath.Path:
@@ -104,12 +126,12 @@ class Writer:
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        shown = [
-            Summary.Value(tag=name, simple_value=x)
-            for name, x in finite.items()
-            if x is not None  # As the length of right answers, where there are none.
-        ]
-        self._show(Event(step=step, summary=Summary(value=shown)))
+        # Without such as the length of right answers, where there are none.
+        shown = {name: x for name, x in finite.items() if x is not None}
+        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in shown.items()]
+        self._show(Event(step=step, summary=Summary(value=scalars)))
+        if self._wandb is not None:
+            self._wandb.log(shown, step=step)
         if time.monotonic() - self._published > PUBLISH_S:
             self.publish()
 
@@ -136,6 +158,8 @@ class Writer:
         if not self._active:
             return
         self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         self.publish()
         self._file.close()
         if self._beside is not None:
@@ -146,6 +170,29 @@ class Writer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _open_wandb(
+    project: str, workdir: epath.Path, folder: pathlib.Path, about: Mapping[str, Any]
+) -> Any:
+    """The workdir's run there, begun or gone on with. Steps that it has, it does not take again.
+
+    Args:
+        folder: for files of its own.
+    """
+    import wandb  # Not part of the installation, and slow.
+
+    file = workdir / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    return wandb.init(
+        project=project,
+        id=file.read_text(),
+        name=workdir.name,
+        config=dict(about),
+        dir=str(folder),
+        resume="allow",
+    )
 
 
 def _appends(workdir: str | epath.Path) -> bool:
@@ -159,28 +206,6 @@ def _step_of(line: bytes) -> float:
         return json.loads(line)["step"]
     except json.JSONDecodeError:
         return math.inf
-
-
-class Stopwatch:
-    """Seconds by phase, since the last `lap`."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def lap(self) -> dict[str, float]:
-        """{'seconds/PHASE': ..., 'seconds/step': all since the last lap}."""
-        now = time.perf_counter()
-        seconds = {f"seconds/{name}": s for name, s in self._seconds.items()}
-        seconds["seconds/step"] = now - self._start
-        self._start, self._seconds = now, {}
-        return seconds
 
 
 class Compilations:

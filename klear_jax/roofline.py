@@ -29,6 +29,20 @@ CHIPS = {
     "v5p": Chip(95, 2.765e12, 459e12, 600e9),
     "v6e": Chip(32, 1.640e12, 918e12, 448e9),
 }
+# What JAX calls a device -> what it can do. GPUs: the maker's data sheets, dense.
+KINDS = {
+    "TPU v4": CHIPS["v4"],
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5e": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v5p": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "TPU v6e": CHIPS["v6e"],
+    "NVIDIA A100-SXM4-40GB": Chip(40, 1.555e12, 312e12, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(80, 2.039e12, 312e12, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(80, 3.35e12, 989e12, 450e9),
+    "NVIDIA H200": Chip(141, 4.8e12, 989e12, 450e9),
+}
 # A second of each chip, to other slices: a host of four has 100 Gbit/s.
 SLICE_BYTES = 3.1e9
 
@@ -127,6 +141,13 @@ class Model:
             + stream * c.num_layers * 4,
         )
 
+    def useful_flops(self, tokens: float, length: float) -> float:
+        """Operations of forward and backward over all chips, none of them done twice: MFU counts
+        these. Backward takes twice those of forward."""
+        c = self.config
+        weights = c.num_layers * self.layer_weights + self.head_weights
+        return 3 * (2 * tokens * weights + c.num_layers * self._scores(tokens, length))
+
     def decode(self, slots: float, length: float) -> Work:
         """A token of each of `slots` slots of a replica, behind `length` others."""
         c, tensor = self.config, self.layout.shards("kv_heads")
@@ -151,6 +172,12 @@ class Model:
         return (
             2 * 2 * tokens * length / 2 * self.config.num_heads * self.config.head_dim
         )
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """What a device can do, by `jax.Device.device_kind`; None where nobody has said it, as of
+    CPUs."""
+    return KINDS.get(device_kind)
 
 
 def model_of(c, layout: Layout) -> Model:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from klear_jax import (
     checkpoint,
@@ -25,8 +24,11 @@ from klear_jax import (
     losses,
     optim,
     preemption,
+    progress,
     qwen3,
+    roofline,
     sampler,
+    speed,
     steps,
     tokens,
 )
@@ -38,7 +40,7 @@ from klear_jax.data.batches import (
     sft_batches,
 )
 from klear_jax.errors import InputError
-from klear_jax.metrics import Stopwatch, Writer
+from klear_jax.metrics import Writer, check_wandb
 from klear_jax.rewards import routing
 from klear_jax.rewards.pool import Pool
 from klear_jax.sharding import Layout, MeshConfig, make_mesh
@@ -86,6 +88,7 @@ class SftConfig:
 
     seed: int
     workdir: str
+    wandb: str  # A project of Weights & Biases; '': none.
     init_from: str
     tokenizer: str
     model: qwen3.Config
@@ -107,6 +110,7 @@ class SftConfig:
 
     def __post_init__(self):
         qwen3.check_remat(self.remat)
+        check_wandb(self.wandb)
         if self.batch_rows < 1 or self.micro_rows < 1:
             raise InputError("batch_rows and micro_rows must be at least 1")
         if (self.num_steps > 0) == (self.num_epochs > 0):
@@ -146,8 +150,11 @@ def _loss(config: SftConfig, layout: Layout) -> steps.LossFn:
     )
 
 
-def run(config: SftConfig) -> None:
+def run(config: SftConfig, profile: tuple[int, int] | None = None) -> None:
     """Trains to the last step, from where the workdir's newest checkpoint stands.
+
+    Args:
+        profile: the first and the last of the steps to write a profile of.
 
     Raises:
         preemption.Preempted: the run was told to end, and has saved how far it came.
@@ -158,7 +165,7 @@ def run(config: SftConfig) -> None:
     ):
         inputs = read_inputs(config, pool)
         checkpoint.open_workdir(config, inputs.tokenizer)  # All input was found good.
-        train(config, inputs, pool)
+        train(config, inputs, pool, progress.Trace(config.workdir, profile))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +263,7 @@ def _validation_batches(
     return list(itertools.islice(held_out.iterator, config.validation.batches))
 
 
-def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
+def train(config: SftConfig, inputs: Inputs, pool: Pool, trace: progress.Trace) -> None:
     """The loop."""
     layout, data = inputs.layout, inputs.data
     num_micro = config.batch_rows // config.micro_rows
@@ -264,9 +271,17 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
         checkpoint.Checkpoints(
             config.workdir, config.checkpoint, config
         ) as checkpoints,
-        Writer(config.workdir, next_step=checkpoints.steps_done) as writer,
+        Writer(
+            config.workdir,
+            next_step=checkpoints.steps_done,
+            wandb=config.wandb,
+            about=dataclasses.asdict(config),
+        ) as writer,
+        progress.Progress(
+            "SFT", checkpoints.steps_done, inputs.num_steps, trace
+        ) as shown,
     ):
-        first = checkpoints.steps_done
+        shown.tell("loading, and compiling")
         state, shardings = checkpoint.train_state(
             checkpoints,
             data.iterator,
@@ -283,15 +298,7 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
         weigh = jax.jit(
             losses.token_mean_weights, out_shardings=steps.batch_sharding(layout)
         )
-        bar = tqdm.trange(
-            first,
-            inputs.num_steps,
-            desc="SFT",
-            initial=first,
-            total=inputs.num_steps,
-            disable=not hosts.first(),
-        )
-        watch, unread = Stopwatch(), []
+        unread: list[tuple[int, Any, dict[str, float], Any]] = []
         # What is known of the step under way, once its update is done. A checkpoint has it
         # if the run was cut off in an evaluation.
         values: dict[str, float] | None = checkpoints.under_way()
@@ -310,15 +317,22 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             return read_step, values | {"updates_skipped": 1 - len(good)}
 
         def write(step, values):
-            writer.write(step, values | watch.lap())
+            values = values | shown.lap() | speed.memory()
+            values |= speed.of_update(
+                roofline.model_of(config, layout),
+                values["tokens"],
+                values["samples"],
+                values["seconds/step"],
+            )
+            writer.write(step, values)
             guards.check(config.guards, values, step)
-            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            shown.result(loss=values["loss"])
 
         try:
-            for step in bar:
+            for step in shown.steps():
                 if values is None:
                     preemption.check()
-                    with watch.phase("data"):
+                    with shown.phase("data"):
                         rows = next(data.iterator)
                         batch = on_device(rows)
                     rate = optim.learning_rate(config.optim, step, inputs.num_steps)
@@ -335,13 +349,13 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
                 if unread and (validates or evaluates or saves):
                     _, values = read_oldest()
                 if validates:
-                    with watch.phase("validate"):
+                    with shown.phase("validate"):
                         values |= mean_loss(
                             validate(state.params, on_device(rows), num_micro)
                             for rows in inputs.validation
                         )
                 if evaluates:
-                    with watch.phase("evaluate"):
+                    with shown.phase("evaluate"):
                         values |= evaluate.during_training(
                             state.params,
                             inputs.problems,
@@ -349,6 +363,7 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
                             pool,
                             config,
                             layout,
+                            shown.tell,
                         )
                 if values is not None:
                     write(step, values)
@@ -391,5 +406,6 @@ def summarise(found: dict[str, np.ndarray], room: int) -> dict[str, float]:
         "likely": float(found["tokens_likely"] / found["tokens"]),
         "tokens": int(found["tokens_real"]),
         "tokens_trained": int(found["tokens"]),
+        "samples": int(found["samples"]),
         "row_fill": float(found["tokens_real"] / room),
     }

@@ -1,6 +1,7 @@
 """Trains a model as a config says.
 
     python -m klear_jax.train --config=configs/gppo_tiny.py [--workdir=DIR] [--config.KEY=VALUE ...]
+        [--profile=10-12]
 
 The same command, given again, resumes from the newest checkpoint of the workdir. On a pod it
 is given on every host, see launch/; the workdir is then on storage that all of them share.
@@ -8,7 +9,7 @@ is given on every host, see launch/; the workdir is then on storage that all of 
 
 from typing import Any
 
-from klear_jax import config, gppo, hosts, sft
+from klear_jax import config, gppo, hosts, progress, sft
 from klear_jax.errors import InputError
 
 TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
@@ -16,15 +17,19 @@ TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
 
 def main(argv: list[str]) -> None:
     """The command, see above."""
-    texts = {"workdir": "Where all of the run is written, and resumed from."}
+    texts = {
+        "workdir": "Where all of the run is written, and resumed from.",
+        "profile": "A step, or first-last: JAX's profile of them goes to WORKDIR/profile.",
+    }
     flags = config.parse_flags(argv, __doc__, texts)
+    profile = progress.parse_steps(flags.profile)
     values = flags.config.to_dict()
     if flags.workdir:
         values["workdir"] = flags.workdir
     task, parsed = parse(values)
     hosts.join()
     _, run = TASKS[task]
-    run(parsed)
+    run(parsed, profile)
 
 
 def parse(values: dict[str, Any]) -> tuple[str, Any]:

@@ -66,7 +66,7 @@ def paired_gain(runs: pathlib.Path) -> tuple[float, float, float]:
     """Mean gain over problems, and its 95% bootstrap interval."""
     sft, gppo = (
         [
-            p["correct"][0]
+            p["right"] / p["samples"]
             for p in json.loads((runs / f"evaluation_{name}.json").read_text())[
                 "per_problem"
             ]

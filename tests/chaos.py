@@ -88,7 +88,7 @@ def victim(text: str, argv: list[str]) -> None:
 
 
 def arm(name: str, phase: str, count: str, seconds: str) -> None:
-    from klear_jax import checkpoint, metrics
+    from klear_jax import checkpoint, metrics, progress
 
     seen: collections.Counter[str] = collections.Counter()
 
@@ -112,7 +112,7 @@ def arm(name: str, phase: str, count: str, seconds: str) -> None:
 
         setattr(cls, method, call)
 
-    watched(metrics.Stopwatch, "phase", None)
+    watched(progress.Progress, "phase", None)
     watched(metrics.Writer, "write", "write")
     watched(checkpoint.Checkpoints, "_save", "save")
     watched(checkpoint.Checkpoints, "_read_back", "read back")

@@ -9,9 +9,9 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "klear_jax"
 
 # A file imports only files that stand above it.
 ORDER = """
-    errors hosts preemption config losses advantages tokens rewards metrics guards optim sharding attention
-    qwen3 logprobs kv_cache sampling scheduler decoding sampler steps hf_weights checkpoint
-    data rollout batch evaluate sft gppo aot roofline train plan prepare_data export
+    errors hosts preemption config losses advantages tokens rewards metrics progress guards optim sharding attention
+    qwen3 logprobs kv_cache sampling scheduler decoding sampler roofline speed steps hf_weights checkpoint
+    data rollout batch estimates answers evaluate sft gppo aot train plan prepare_data export
 """.split()
 
 # What is imported (or said) only there.

@@ -1,6 +1,9 @@
 """What a run writes, and what it says about compilations."""
 
 import json
+import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,8 @@ import numpy as np
 import pytest
 
 from klear_jax import metrics
-from klear_jax.metrics import Compilations, Stopwatch, Writer
+from klear_jax.errors import InputError
+from klear_jax.metrics import Compilations, Writer
 
 
 def lines(workdir):
@@ -73,15 +77,37 @@ def test_a_workdir_that_is_gone_is_said(tmp_path):
             writer.write(1, {"loss": 0.5})
 
 
-def test_seconds_add_up_by_phase(monkeypatch):
-    now = iter([0, 1, 3, 4, 5, 7, 7, 9])
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    for name in ("sample", "sample"):
-        with watch.phase(name):
-            pass
-    assert watch.lap() == {"seconds/sample": 3, "seconds/step": 7}
-    assert watch.lap() == {"seconds/step": 0}
+def test_weights_and_biases_get_the_same_numbers(tmp_path, monkeypatch):
+    """Through a stand-in: their package is not installed for tests."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**about):
+        calls.append(about)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for first in (0, 1):
+        with Writer(tmp_path, next_step=first, wandb="project", about={"seed": 1}) as w:
+            w.write(first, {"loss": 0.5, "none": math.nan})
+    opened, *told = calls[:3]
+    assert told == [(0, {"loss": 0.5}), "finish"]
+    assert opened["project"] == "project" and opened["config"] == {"seed": 1}
+    assert opened["name"] == tmp_path.name and opened["resume"] == "allow"
+    assert calls[3] == opened  # The same run goes on.
+    assert calls[4] == (1, {"loss": 0.5})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    metrics.check_wandb("")
+    with pytest.raises(
+        InputError, match="'p' asks for Weights & Biases: pip install wa"
+    ):
+        metrics.check_wandb("p")
 
 
 def test_what_is_compiled_after_the_start_is_a_warning_with_its_shapes():

@@ -134,7 +134,7 @@ def without_times(lines, besides=()):
         {
             key: value
             for key, value in line.items()
-            if not key.startswith(("seconds", *besides))
+            if not key.startswith(("seconds", "speed", "memory", *besides))
         }
         for line in lines
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from klear_jax.data import files, rows, shards
+from klear_jax.data import benchmarks, files, rows, shards
 from klear_jax.data.rows import Example
 from klear_jax.errors import InputError
 
@@ -17,7 +17,7 @@ def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
     Args:
       path: the folder of one version of a TFDS data set (array_record), or a file: parquet
         if its name ends in .parquet, else JSON lines, perhaps .gz or .zst. Rows are as
-        `rows.SHAPES["any"]` says; other keys are ignored. Several of them, with commas
+        `rows.SHAPES["any"]` says, or as `benchmarks.adapt`; other keys are ignored. Several of them, with commas
         between, are read one after the other, and their prompts numbered anew.
       split: of the TFDS data set; a file has none.
 
@@ -75,6 +75,7 @@ def _answer(row: dict[str, Any]) -> Any:
 
 def _example(row: Any, origin: str, *, prompt_id: int) -> Example:
     try:
+        row = benchmarks.adapt(rows.from_json(row))
         return rows.to_example(
             row, rows.SHAPES["any"], origin=origin, prompt_id=prompt_id
         )

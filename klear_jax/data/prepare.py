@@ -233,7 +233,7 @@ def _sweep(folder: pathlib.Path) -> None:
 def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
     """prompt_hash -> share of right samples, from files that `evaluate --samples` writes.
 
-    Samples that could not be scored (reward null) are not counted.
+    Greedy ones, and those that could not be scored (reward null), are not counted.
 
     Raises:
       InputError: a row without a prompt, or with a `correct` that is no truth value.
@@ -243,7 +243,7 @@ def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
         for origin, row, messages in samples.read_prompts(path):
             if not isinstance(row.get("correct"), bool):
                 raise InputError(f"{origin}: correct must be true or false")
-            if row.get("reward", 0.0) is not None:
+            if row.get("reward", 0.0) is not None and not row.get("greedy"):
                 prompt = cleaning.prompt_hash(messages)
                 total[prompt] += 1
                 right[prompt] += row["correct"]

@@ -24,6 +24,7 @@ class Example:
         an object, as tests are; None where the row has none.
       response: a demonstration; None where the row has none.
       source: what the row says of its origin, which decides on its reward; '' for nothing.
+      date: the day of a problem, such as 2025-02-01; '' for none.
     """
 
     origin: str
@@ -32,6 +33,7 @@ class Example:
     answer: Any
     response: str | None
     source: str = ""
+    date: str = ""
 
     @property
     def problem(self) -> str:
@@ -52,6 +54,7 @@ class Fields:
       answer: text, number, list of texts or object.
       data_source: text.
       system: text of a message that goes before the prompt.
+      date: text that begins with a day, such as 2025-02-01.
       replace: text of the response -> what takes its place.
     """
 
@@ -61,6 +64,7 @@ class Fields:
     answer: str = ""
     data_source: str = ""
     system: str = ""
+    date: str = ""
     replace: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def columns(self) -> set[str]:
@@ -81,6 +85,7 @@ SHAPES = {
         response="response",
         answer=f"{ANSWER}|meta.answer|meta.solution",
         data_source="data_source",
+        date="date",
     ),
     "prompt_response": Fields(
         prompt="prompt|problem|question|instruction",
@@ -162,7 +167,11 @@ def to_example(
     source = _find(row, fields.data_source)
     if source not in (None, "") and not _is_text(source):
         raise BadRow("data_source must be text", repr(source))
-    return Example(origin, prompt_id, tuple(messages), answer, response, source or "")
+    date = _find(row, fields.date)
+    date = "" if date in (None, "") else _text("date", date)[:10]
+    return Example(
+        origin, prompt_id, tuple(messages), answer, response, source or "", date
+    )
 
 
 def read_prompt(

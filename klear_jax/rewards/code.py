@@ -195,6 +195,15 @@ def score(
     return (correct * passed + wrong * failed) / (passed + failed)
 
 
+def judge(
+    response: str, ground_truth: str | Mapping[str, Any], **options: Any
+) -> float:
+    """The benchmark's judgement: no tags are asked for. The program is the last one behind the
+    last `</think>`, or of the whole text without one. Arguments and errors as in `score`."""
+    answer = response.rpartition("</think>")[2]
+    return score(f"<think></think>{answer}", ground_truth, **options)
+
+
 def extract(response: str) -> str | None:
     """The last complete ```python block after the first `</think>`; None: there is none."""
     opening, closing = "```python\n", "\n```"

@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import warnings
+import zlib
 
 import math_verify
 import sympy.core.random
@@ -106,6 +107,25 @@ def last_number(
     return correct if numbers and _value(numbers[-1]) in values else wrong
 
 
+def answer(text: str, ground_truth: str, *, wrong: float) -> float:
+    """A number that stands for the answer, to be counted: the same for the same answer, `wrong`
+    for none. Of what follows the last `</think>`, if there is one; main thread, as `score`."""
+    del ground_truth
+    parsed = _parse(text.rpartition("</think>")[2])
+    if len(parsed) < 2:
+        return wrong
+    return 1.0 + zlib.crc32(str(parsed[0]).encode())
+
+
+def last_number_answer(text: str, ground_truth: str, *, wrong: float) -> float:
+    """As `answer`, for `last_number`."""
+    del ground_truth
+    numbers = re.findall(_NUMBER, text)
+    if not numbers:
+        return wrong
+    return 1.0 + zlib.crc32(str(_value(numbers[-1]).normalize()).encode())
+
+
 # A minus sign is the number's own unless a number stands before it: 5-3 ends in 3.
 _NUMBER = r"(?:(?<![\w.)])-)?\d[\d,]*(?:\.\d+)?"
 
@@ -131,6 +151,14 @@ def _golds(ground_truth: str | list[str]) -> tuple[str, ...]:
 # The samples of a group repeat answers, and a hostile one costs its alarms each time.
 @functools.lru_cache(maxsize=1024)
 def _verdict(text: str, golds: tuple[str, ...]) -> bool:
+    parsed = _parse(text)
+    if len(parsed) < 2:
+        return False
+    return parsed[1] in golds or any(_equal(gold, parsed) for gold in golds)
+
+
+def _parse(text: str) -> list:
+    """[expression, its text], or fewer where there is no answer."""
     if threading.current_thread() is not threading.main_thread():
         # math-verify would raise ValueError, which must not read as a wrong answer.
         raise RuntimeError(
@@ -143,20 +171,19 @@ def _verdict(text: str, golds: tuple[str, ...]) -> bool:
         # turn a parse into a failure and so change the verdict.
         warnings.simplefilter("ignore")
         try:
-            parsed = math_verify.parse(text, parsing_timeout=_ALARM_S)
+            return math_verify.parse(text, parsing_timeout=_ALARM_S)
         except Exception:
-            return False
-        if len(parsed) < 2:  # [expression, its text]
-            return False
-        return parsed[1] in golds or any(_equal(gold, parsed) for gold in golds)
+            return []
 
 
 def _equal(gold: str, parsed: list) -> bool:
-    try:
-        return math_verify.verify(
-            math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_ALARM_S),
-            parsed,
-            timeout_seconds=_ALARM_S,
-        )
-    except Exception:
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return math_verify.verify(
+                math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_ALARM_S),
+                parsed,
+                timeout_seconds=_ALARM_S,
+            )
+        except Exception:
+            return False

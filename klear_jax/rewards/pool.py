@@ -42,8 +42,11 @@ from klear_jax.errors import InputError
 REWARDS = {
     "math": "klear_jax.rewards.math:score",
     "math_judge": "klear_jax.rewards.math:judge",
+    "math_answer": "klear_jax.rewards.math:answer",
     "last_number": "klear_jax.rewards.math:last_number",
+    "last_number_answer": "klear_jax.rewards.math:last_number_answer",
     "code": "klear_jax.rewards.code:score",
+    "code_judge": "klear_jax.rewards.code:judge",
 }
 
 # How the detail of an outcome begins when no worker could take the task.

@@ -23,7 +23,7 @@ class Kind:
 
     @property
     def runs_code(self) -> bool:
-        return find_reward(self.function) == REWARDS["code"]
+        return find_reward(self.function) in (REWARDS["code"], REWARDS["code_judge"])
 
     def resolved(self) -> dict[str, Any]:
         """The options as workers get them: all of a run have one isolation, the one that

@@ -22,21 +22,16 @@ import tempfile
 # The trainer, with a progress bar that waits for a word before each step.
 TRAINER = """
 import os, sys
-from klear_jax import gppo, train
+from klear_jax import progress, train
 told = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-class Bar:
-    def __init__(self, first, last, **_):
-        self.steps = range(first, last)
-    def __iter__(self):
-        print("ready", file=told, flush=True)
-        for step in self.steps:
-            sys.stdin.readline()
-            yield step
-            print("done", file=told, flush=True)
-    def set_postfix(self, **_):
-        pass
-gppo.tqdm.trange = Bar
+def steps(self):
+    print("ready", file=told, flush=True)
+    for step in range(self._first, self._total):
+        sys.stdin.readline()
+        yield step
+        print("done", file=told, flush=True)
+progress.Progress.steps = steps
 train.main(["train", *sys.argv[1:]])
 """
 
