@@ -285,7 +285,10 @@ FLAGS_REFUSED = [
     (["--config=no.py"], r"there is no config file no\.py"),
     (["--config=configs"], r"there is no config file configs"),
     ([TINY, "--workdr=a"], r"unknown flag --workdr; did you mean 'workdir'\?"),
-    ([TINY, "--zzz"], r"unknown flag --zzz; there are \['config', 'workdir'\]"),
+    (
+        [TINY, "--zzz"],
+        r"unknown flag --zzz; there are \['config', 'profile', 'workdir'\]",
+    ),
     ([TINY, "extra"], r"unknown arguments \['extra'\]: flags begin with --"),
     (
         [TINY, "--config.rollout.prompts=abc"],

@@ -24,10 +24,12 @@ from klear_jax import (
     batch,
     config,
     decoding,
+    evaluate,
     gppo,
     optim,
     qwen3,
     sampler,
+    sampling,
     sft,
     steps,
     train,
@@ -38,7 +40,7 @@ from klear_jax.rewards import routing
 from klear_jax.sharding import Layout, make_mesh
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
-NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "sections")
+NAMES = sorted(file.stem for file in FOLDER.glob("*_*.py"))
 GPPO = [name for name in NAMES if name.startswith("gppo")]
 SFT = [name for name in NAMES if name.startswith("sft")]
 ROW = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32}
@@ -63,6 +65,15 @@ def parse(name, changes=()):
 
 def make_layout(c):
     return Layout(make_mesh(c.mesh), c.mesh.rules)
+
+
+def test_the_config_for_any_model_is_one_of_evaluate():
+    c = get("evaluate").to_dict()
+    names = {field.name for field in dataclasses.fields(evaluate.CommandConfig)}
+    parsed = config.build(evaluate.CommandConfig, {name: c[name] for name in names})
+    assert parsed.evaluation.samplings() == [sampling.Sampling(0.6, 0.95)]
+    layout = make_layout(parsed)
+    sampler.check_engine(parsed.sampler, layout, parsed.evaluation.row_tokens)
 
 
 def test_all_are_here():
@@ -202,6 +213,8 @@ NUMBERS = {
         "rewards.sources": {
             "math_longcot_math_verify": "math",
             "coder1_longcot": "code",
+            "livecodebench": "code",
+            "humaneval": "code",
         },
         "rewards.full_credit": 1.0,
         "loss.kind": "gppo",
@@ -258,20 +271,34 @@ VARIANTS = {
         "rollout.max_groups": 256,
         "num_steps": 100,
     },
-    "evaluate_64k": {
-        "workdir": "runs/gppo_8b",
-        "model.yarn": ml_collections.ConfigDict(
-            {
-                "factor": 2.5,
-                "original_max_positions": 32_768,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "attention_factor": None,
-            }
-        ),
-        "model.max_positions": 81_920,
-        "evaluation.num_samples": 64,
-        "evaluation.max_new_tokens": 65_536,
+}
+BENCHMARKS = "data/aime24.qs.jsonl,data/aime25.qs.jsonl,data/HMMT-202502.jsonl"
+PAPER = {
+    "workdir": "runs/gppo_8b",
+    "evaluation.data": BENCHMARKS,
+    "evaluation.num_samples": 64,
+}
+LONG = PAPER | {
+    "model.yarn": ml_collections.ConfigDict(
+        {
+            "factor": 2.5,
+            "original_max_positions": 32_768,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "attention_factor": None,
+        }
+    ),
+    "model.max_positions": 81_920,
+    "evaluation.max_new_tokens": 65_536,
+}
+VARIANTS |= {
+    "evaluate_paper": PAPER,
+    "evaluate_64k": LONG,
+    "evaluate_authors": LONG
+    | {
+        "evaluation.top_k": 20,
+        "evaluation.repetition_penalty": 1.05,
+        "evaluation.seed": 0,
     },
 }
 
@@ -391,6 +418,9 @@ def lower_train_step(c, layout, size, row):
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for x in jax.tree.leaves((state.params, state.opt_state)):
         assert x.dtype == (jnp.float32 if x.ndim else jnp.int32)
+    if "log_ratio" in metrics:
+        log_ratio = metrics.pop("log_ratio")
+        assert (log_ratio.shape, log_ratio.dtype) == (size, jnp.float16)
     assert {x.dtype for x in metrics.values()} == {jnp.dtype("float32")}
     assert {name for name, x in metrics.items() if x.shape} <= {"ratios_below"}
     return set(metrics)
@@ -402,13 +432,13 @@ def test_sft_programs(name):
     layout = make_layout(c)
     size = (c.batch_rows // c.micro_rows, c.micro_rows, c.data.row_tokens)
     metrics = lower_train_step(c, layout, size, SFT_ROW)
-    assert metrics == UPDATE | {"tokens", "tokens_likely", "tokens_real"}
+    assert metrics == UPDATE | {"tokens", "tokens_likely", "tokens_real", "samples"}
     state, shardings = abstract_state(c, layout)
     validate = steps.compile_score_step(
         sft.loss_step(c, layout), layout, shardings.params
     )
     found = validate.lower(state.params, shapes(size, SFT_ROW), 1).out_info
-    assert set(found) == {"loss", "tokens", "tokens_likely", "tokens_real"}
+    assert set(found) == {"loss", "tokens", "tokens_likely", "tokens_real", "samples"}
 
 
 @pytest.mark.parametrize("name", GPPO)
