@@ -5,7 +5,7 @@
 evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
 another workdir; or, with neither, what the config starts from) as the config's section
 `evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and
-writes it to --output, by default evaluation.json in the workdir, with a table beside it
+writes it to --output, by default evaluation.json in the workdir, with tables beside it
 (.md), and all answers (.samples.jsonl, or --samples=FILE): prompt, response, answer, reward,
 correct. `prepare_data` reads these: for the pass rate of each prompt, or to learn from.
 The same command goes on where it was cut off.
@@ -434,7 +434,8 @@ def run(
     """Evaluates the model at `path`, or a random one for '', and says and writes what it
     found."""
     hosts.join()
-    path = str(checkpoint.find_model(path)) if path else ""
+    path = str(checkpoint.resolve(path)) if path else ""
+    run_of = (checkpoint.read_about(path) if path else None) or {"steps_done": None}
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
     problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
     made_with = fingerprint(c, path, tokenizer)
@@ -449,7 +450,13 @@ def run(
     result = results(rows, votes)
     print(json.dumps({k: v for k, v in result.items() if k != "per_problem"}, indent=2))
     if output:
-        about = {"model": path, "made_with": made_with, "samples": samples}
+        about = {
+            "model": path,
+            "steps_done": run_of["steps_done"],
+            "evaluation": dataclasses.asdict(c.evaluation),
+            "samples": samples,
+            "made_with": made_with,
+        }
         text = json.dumps(result | about, indent=2) + "\n"
         epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
         epath.Path(output).write_text(text)
