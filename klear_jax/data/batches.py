@@ -146,7 +146,8 @@ def text_samples(
             rows.append(_sample(np.array(prompt + response, np.int32), len(prompt)))
         elif too_long == "error":
             raise InputError(
-                f"{example.origin} has {length} tokens, but a row has {row_tokens}"
+                f"{example.origin} has {length} tokens, but a row has {row_tokens}: raise "
+                "data.row_tokens, or set data.too_long='drop'"
             )
     if not rows:
         raise InputError(f"none of {len(examples)} samples fits a row of {row_tokens}")
@@ -497,7 +498,7 @@ def _prompts(
         if len(tokens) > max_prompt_tokens and too_long == "error":
             raise InputError(
                 f"{example.origin}: the prompt has {len(tokens)} tokens, the limit is"
-                f" {max_prompt_tokens}"
+                f" {max_prompt_tokens}: raise max_prompt_tokens"
             )
         cut += len(tokens) > max_prompt_tokens
         prompts.append(

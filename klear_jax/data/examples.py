@@ -41,7 +41,9 @@ def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
             for origin, number, row in part.rows()
         ]
     else:
-        raise InputError(f"no data set at {path}")
+        raise InputError(
+            f"no data set at {path}: name a file, or a folder that prepare_data made"
+        )
     if not examples:
         raise InputError(f"{path} holds no examples")
     return examples
