@@ -257,10 +257,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return _convert(inner[0], value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a section of keys, not {value!r}")
         return build(hint, value, where)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise InputError(
+                f"{where} must be one of {typing.get_args(hint)}, not {value!r}"
+            )
+        return value
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a section of keys, not {value!r}")

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -45,9 +45,8 @@ from klear_jax.sharding import Layout, MeshConfig, make_mesh
 class DataConfig:
     path: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
-    too_long: (
-        str  # A prompt over rollout.max_prompt_tokens: 'error' or 'truncate_left'.
-    )
+    # A prompt over rollout.max_prompt_tokens.
+    too_long: Literal["error", "truncate_left"]
 
 
 OLD_LOGP = ("trainer", "sampler")
@@ -63,7 +62,7 @@ class LossConfig:
     beta_low: float
     beta_high: float
     dual_clip: float | None
-    aggregation: str
+    aggregation: losses.Aggregation
     positive_coef: float
     old_logp: str  # Whose log-probs of the sampled tokens are the old ones: `OLD_LOGP`.
 

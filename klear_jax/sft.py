@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class DataConfig:
     weights: Mapping[str, float]  # Source -> how often an epoch goes through it.
     row_tokens: int
     pack: bool  # Several samples a row, as segments that do not see each other.
-    too_long: str  # A sample longer than a row: 'error', or 'drop' (counted).
+    too_long: Literal["error", "drop"]  # A sample longer than a row; drops are counted.
     streams: int  # The samples are dealt to so many, each packed by itself.
     prefetch: int  # Batches that a thread makes ahead.
 
