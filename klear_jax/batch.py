@@ -338,7 +338,7 @@ def sample_metrics(
     }
 
 
-def _mean(x: np.ndarray) -> float:
+def _mean(x: np.ndarray | Sequence[bool]) -> float:
     return float(np.mean(x)) if len(x) else np.nan
 
 

@@ -291,7 +291,8 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
             total=inputs.num_steps,
             disable=not hosts.first(),
         )
-        watch, unread = Stopwatch(), []
+        watch = Stopwatch()
+        unread: list[tuple[int, Any, dict[str, float], steps.Metrics]] = []
         # What is known of the step under way, once its update is done. A checkpoint has it
         # if the run was cut off in an evaluation.
         values: dict[str, float] | None = checkpoints.under_way()
@@ -336,13 +337,13 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
                     _, values = read_oldest()
                 if validates:
                     with watch.phase("validate"):
-                        values |= mean_loss(
+                        values = (values or {}) | mean_loss(
                             validate(state.params, on_device(rows), num_micro)
                             for rows in inputs.validation
                         )
                 if evaluates:
                     with watch.phase("evaluate"):
-                        values |= evaluate.during_training(
+                        values = (values or {}) | evaluate.during_training(
                             state.params,
                             inputs.problems,
                             inputs.tokenizer,
@@ -355,7 +356,11 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool) -> None:
                     writer.publish()  # First: what a checkpoint holds is not written again.
                 if saves:
                     checkpoints.save(
-                        step + 1, state, data.iterator, under_way=None, metrics=values
+                        step + 1,
+                        state,
+                        data.iterator,
+                        under_way=None,
+                        metrics=values or {},
                     )
                 values = None
         except preemption.Preempted:

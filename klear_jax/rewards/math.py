@@ -102,7 +102,7 @@ def last_number(
     if not all(golds):
         raise InputError(f"the answer must be a number, not {ground_truth!r}")
     numbers = re.findall(_NUMBER, text)
-    values = {_value(gold[0]) for gold in golds}
+    values = {_value(gold[0]) for gold in golds if gold}
     return correct if numbers and _value(numbers[-1]) in values else wrong
 
 
@@ -151,7 +151,7 @@ def _verdict(text: str, golds: tuple[str, ...]) -> bool:
         return parsed[1] in golds or any(_equal(gold, parsed) for gold in golds)
 
 
-def _equal(gold: str, parsed: list) -> bool:
+def _equal(gold: str, parsed: list[object]) -> bool:
     try:
         return math_verify.verify(
             math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_ALARM_S),
