@@ -18,7 +18,8 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -68,7 +69,7 @@ class Memory:
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
     """What a compiled program needs on each chip."""
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     return Memory(
         arguments=found.argument_size_in_bytes,
         outputs=found.output_size_in_bytes,
@@ -104,7 +105,7 @@ def compile_and_look(
         name: (array, op_name)
         for name, array, op_name in re.findall(
             r'%?([\w.-]+) = \(?([a-z]+\d*\[[\d,]*\]).*?op_name="([^"]*)"',
-            compiled.as_text(),
+            compiled.as_text() or "",
         )
     }
     buffers = []
@@ -161,7 +162,8 @@ def collectives(hlo: str) -> list[Collective]:
     reduce-scatter, and it is listed as that. What travels while other fusions compute stands
     in the text of each of them, and is listed once, where it starts.
     """
-    computations, entry = {}, ""
+    computations: dict[str, list[str]] = {}
+    entry = ""
     for line in hlo.splitlines():
         if found := _COMPUTATION.match(line):
             name = found[2]
@@ -172,10 +174,13 @@ def collectives(hlo: str) -> list[Collective]:
     return list(_walk(computations, entry, times=1))
 
 
-def _walk(computations, name, times) -> Iterator[Collective]:
+def _walk(
+    computations: Mapping[str, list[str]], name: str, times: int
+) -> Iterator[Collective]:
     for line in computations[name]:
         if found := _COLLECTIVE.search(line):
-            yield from _read(line, *found.groups(), name, times)
+            types, kind, start = found.groups()
+            yield from _read(line, types, kind, start, name, times)
         if loop := _LOOP.search(line):
             trips = _trips(computations[loop[1]])
             yield from _walk(computations, loop[2], times * trips)
@@ -192,7 +197,9 @@ def _trips(condition: list[str]) -> int:
     return int(constants[0]) if len(constants) == 1 else 1
 
 
-def _read(line, types, kind, start, computation, times) -> Iterator[Collective]:
+def _read(
+    line: str, types: str, kind: str, start: str | None, computation: str, times: int
+) -> Iterator[Collective]:
     arrays = [
         (dtype, tuple(map(int, dims.split(","))) if dims else ())
         for dtype, dims in _ARRAY.findall(types)
@@ -203,7 +210,7 @@ def _read(line, types, kind, start, computation, times) -> Iterator[Collective]:
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     elif kind == "reduce-scatter":
-        dim = int(re.search(r"dimensions=\{(\d+)\}", line)[1])
+        dim = int(re.findall(r"dimensions=\{(\d+)\}", line)[0])
         arrays = [
             (dtype, (*shape[:dim], shape[dim] * devices, *shape[dim + 1 :]))
             for dtype, shape in arrays

@@ -5,6 +5,8 @@ N = K x G query heads, K key/value heads, H head width; A pages of the pool, P t
 page, M pages of a sequence, Q queries of a block, X pairs of slot and page.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -82,9 +84,10 @@ def splash_attention(
     pad = -T % SPLASH_BLOCKS[-1]
     size = next(size for size in SPLASH_BLOCKS if (T + pad) % size == 0)
     names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    sizes: dict[str, Any] = {f"block_{name}": size for name in names}
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((T + pad, T + pad))] * N),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attention",
@@ -187,7 +190,9 @@ def blockwise_attention(
 
         queries = (blocks(q_BKGTH, 3), blocks(index_T, 0), blocks(segment_ids_BT, 1))
         # Scores are computed anew in the backward pass.
-        attend_all = jax.checkpoint(lambda block: attend(*block, T))
+        attend_all = jax.checkpoint(
+            lambda block: attend(block[0], block[1], block[2], T)
+        )
         out_XBKGtH = jax.lax.map(attend_all, queries)
         out_BKGTH = jnp.moveaxis(out_XBKGtH, 0, 3)
         out_BKGTH = out_BKGTH.reshape(*q_BKGTH.shape[:3], -1, H)[:, :, :, :T]

@@ -300,9 +300,10 @@ def log_ratios(
         parts: the rows of each mini-batch.
         updates: `log_ratio` of each update, [M, B, T], of those rows packed.
     """
-    x_BT = np.zeros(segment_ids_BT.shape, np.float32)
+    B, T = segment_ids_BT.shape
+    x_BT = np.zeros((B, T), np.float32)
     for index, x_MBT in zip(parts, updates, strict=True):
-        x_RT = x_MBT.reshape(-1, x_BT.shape[1])
+        x_RT = x_MBT.reshape(-1, T)
         x_BT[index] = unpack(x_RT, place(segment_ids_BT[index]))
     return x_BT
 
@@ -370,7 +371,7 @@ def sample_metrics(
     }
 
 
-def _mean(x: np.ndarray) -> float:
+def _mean(x: np.ndarray | Sequence[bool]) -> float:
     return float(np.mean(x)) if len(x) else np.nan
 
 

@@ -563,7 +563,9 @@ def load_model(
     """
     path = resolve(path)
     if not _is_checkpoint(path):
-        return hf_weights.load(model_folder(path), dtype=jnp.float32, layout=layout)
+        return hf_weights.load(
+            model_folder(path), dtype=jnp.dtype(jnp.float32), layout=layout
+        )
     config = hf_weights.read_config(model_folder(path))
     abstract = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
     if (

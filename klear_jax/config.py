@@ -35,7 +35,7 @@ CONFIG_FILE = (
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs a command; an error says its cause (`hosts.cause`) on stderr."""
     # A second run of the same program skips its compilation.
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+    if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
         cache = pathlib.Path("~/.cache/klear_jax").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     trim_after_compilations()
@@ -62,9 +62,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 def trim_after_compilations() -> None:
     """What the compiler has freed, hundreds of MiB in pieces, goes back to the system each
     time: glibc would keep it. Other C libraries have no such call, and need none."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
-    def heard(event: str, _: float, **about: Any) -> None:
+    def heard(event: str, duration_secs: float, **about: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             trim(0)
 
@@ -197,10 +197,10 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
         )
 
 
-class _ValueParser(flags.ArgumentParser):
+class _ValueParser(flags.ArgumentParser[Any]):
     """A value of `kind`, or None: whether the key may be None, `build` says."""
 
-    def __init__(self, kind: type, parser: flags.ArgumentParser):
+    def __init__(self, kind: type, parser: flags.ArgumentParser[Any]):
         super().__init__()
         self._kind, self._parser = kind, parser
 
@@ -257,10 +257,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return _convert(inner[0], value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a section of keys, not {value!r}")
         return build(hint, value, where)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise InputError(
+                f"{where} must be one of {typing.get_args(hint)}, not {value!r}"
+            )
+        return value
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a section of keys, not {value!r}")

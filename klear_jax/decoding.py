@@ -15,7 +15,7 @@ P tokens of a page, N = R x B, V vocabulary, D width.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -163,11 +163,11 @@ class Jitted(NamedTuple):
     """The device programs, compiled for a platform; their shapes are in `pair_sizes` and
     in `scheduler.Shape`."""
 
-    sampling_copy: Callable[..., qwen3.Params]
-    init_state: Callable[..., Any]
-    prefill: Callable[..., Any]
-    copy_pages: Callable[..., kv_cache.Pool]
-    decode: Callable[..., Any]
+    sampling_copy: jax.stages.Wrapped
+    init_state: jax.stages.Wrapped
+    prefill: jax.stages.Wrapped
+    copy_pages: jax.stages.Wrapped
+    decode: jax.stages.Wrapped
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
@@ -222,7 +222,11 @@ def trace_programs(
         pairs of slot and page).
     """
     train_layout, layout = layout, layout and sampling_layout(layout)
-    model = {"config": config, "layout": layout, "dtype": jnp.dtype(dtype)}
+    model: dict[str, Any] = {
+        "config": config,
+        "layout": layout,
+        "dtype": jnp.dtype(dtype),
+    }
     programs = jitted(platform)
 
     def place(x, axes, layout=layout):

@@ -24,7 +24,7 @@ def pass_at_k(correct_PN: np.ndarray, k: int) -> np.ndarray:
 
 
 def maj_at_k(
-    votes_PN: Sequence[Sequence[float]], correct_PN: np.ndarray, k: int
+    votes_PN: np.ndarray | Sequence[Sequence[float]], correct_PN: np.ndarray, k: int
 ) -> np.ndarray:
     """The chance that the commonest answer among k of a problem's samples is right, [P].
 

@@ -234,7 +234,8 @@ def draw(
     rows = [[found.get((one, greedy, j)) for j in range(num_samples)] for one in ids]
     groups = [_without(*pair) for pair in zip(groups, rows, strict=True)]
 
-    def row_of(i: int, j: int, sample: sampler.Sample, outcome: Outcome) -> Row:
+    def row_of(i: int, j: int, sample: sampler.Sample, outcome: Outcome | None) -> Row:
+        assert outcome is not None  # It is complete.
         return {
             "prompt_id": ids[i],
             "greedy": greedy,
@@ -306,10 +307,11 @@ def summary(
         `accuracy`, which is avg@n; `greedy` with its interval, which is the accuracy if there
         is nothing else.
     """
-    metrics: dict[str, float] = {"problems": len({row["prompt_id"] for row in rows})}
+    num_problems = len({row["prompt_id"] for row in rows})
+    metrics: dict[str, float] = {"problems": num_problems}
     sampled = [row for row in rows if not row["greedy"]]
     greedy = [row for row in rows if row["greedy"]]
-    n = len(sampled) // metrics["problems"]
+    n = len(sampled) // num_problems
     if sampled:
         correct_PN = np.array([row["correct"] for row in sampled]).reshape(-1, n)
         metrics |= estimates.interval(f"avg@{n}", correct_PN.mean(axis=1))
@@ -544,8 +546,9 @@ def load(
         return put(params, qwen3.params_shardings(c.model, layout)), c.model
     params, model = checkpoint.load_model(path, layout)
     if c.model.yarn:  # It reaches further than it was trained.
-        far = {"yarn": c.model.yarn, "max_positions": c.model.max_positions}
-        model = dataclasses.replace(model, **far)
+        model = dataclasses.replace(
+            model, yarn=c.model.yarn, max_positions=c.model.max_positions
+        )
     return params, model
 
 

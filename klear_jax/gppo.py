@@ -7,7 +7,7 @@ Source: Klear-Reasoner (arXiv 2508.07629); every number has its own in the confi
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -46,9 +46,8 @@ from klear_jax.sharding import Layout, MeshConfig, make_mesh
 class DataConfig:
     path: str  # A TFDS version folder, parquet or JSON lines; several with commas.
     split: str
-    too_long: (
-        str  # A prompt over rollout.max_prompt_tokens: 'error' or 'truncate_left'.
-    )
+    # A prompt over rollout.max_prompt_tokens.
+    too_long: Literal["error", "truncate_left"]
 
 
 OLD_LOGP = ("trainer", "sampler")
@@ -64,7 +63,7 @@ class LossConfig:
     beta_low: float
     beta_high: float
     dual_clip: float | None
-    aggregation: str
+    aggregation: losses.Aggregation
     positive_coef: float
     old_logp: str  # Whose log-probs of the sampled tokens are the old ones: `OLD_LOGP`.
 

@@ -108,7 +108,7 @@ def check(config: GuardConfig, values: Mapping[str, float], step: int) -> None:
 def finite(
     config: GuardConfig,
     updates: Sequence[Mapping[str, Any]],
-    batch: Mapping[str, np.ndarray],
+    batch: Mapping[str, Any],
     workdir: str | epath.Path,
     step: int,
 ) -> list[Mapping[str, Any]]:

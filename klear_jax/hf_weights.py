@@ -105,7 +105,7 @@ def save(
     if len(shards) == 1:
         _write_tensors(path / "model.safetensors", shards[0], dtype)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         _write_tensors(path / file, shard, dtype)
@@ -287,7 +287,7 @@ def _find_tensors(path: epath.Path) -> dict[str, _Stored]:
             )
     else:
         files = ["model.safetensors"]
-    found = {}
+    found: dict[str, _Stored] = {}
     for file in files:
         # To epath, a device is a file.
         if not (_is_remote(path) or os.path.isfile(path / file)):
@@ -361,7 +361,7 @@ def _check_names(path, files, config):
             f"{path / 'config.json'} says {config.num_layers} layers, but there are only "
             f"{len(files)} tensors"
         )
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for param in jax.tree.leaves(qwen3.param_table(config)):
         expected |= dict.fromkeys(_layer_names(param), param.hf_shape)
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
@@ -387,8 +387,8 @@ def _check_tied(
     for start in range(0, embed.shape[0], TIED_ROWS):
         stop = min(start + TIED_ROWS, embed.shape[0])
         rows = [slice(start, stop), slice(None)]
-        parts = (_read(files, name, rows) for name in ("lm_head.weight", embed.hf_name))
-        if not np.array_equal(*parts):
+        head = _read(files, "lm_head.weight", rows)
+        if not np.array_equal(head, _read(files, embed.hf_name, rows)):
             raise InputError(
                 f"{path}: config.json ties lm_head.weight to the embedding, but they differ"
             )
@@ -410,6 +410,7 @@ def _read(
 
 def _read_rows(stored: _Stored, index: Sequence[slice]) -> np.ndarray:
     """A part of a tensor, of which whole rows are fetched."""
+    assert stored.dtype is not None  # It is of a file that we read ourselves.
     first, stop, _ = index[0].indices(stored.shape[0])
     row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
     with stored.file.open("rb") as opened:

@@ -61,7 +61,7 @@ def _from_environment() -> dict[str, Any]:
         "num_processes": "JAX_NUM_PROCESSES",
         "process_id": "JAX_PROCESS_ID",
     }
-    found = {
+    found: dict[str, Any] = {
         ours: os.environ[name] for ours, name in names.items() if name in os.environ
     }
     if not found.keys() & {"num_processes", "process_id"}:
@@ -93,7 +93,7 @@ def gather(value: Any) -> list[Any]:
     if count() == 1:
         return [value]
     data = json.dumps(value).encode()
-    sizes = [int(size) for (size,) in _exchange(np.int64([len(data)]))]
+    sizes = [int(size) for (size,) in _exchange(np.array([len(data)], np.int64))]
     parts = [b""] * count()
     for start in range(0, max(sizes), CHUNK_BYTES):
         chunk = np.zeros(CHUNK_BYTES, np.uint8)
@@ -106,7 +106,7 @@ def gather(value: Any) -> list[Any]:
 
 def any_of(told: bool) -> bool:
     """Whether it is true on any process; all wait for it."""
-    return told if count() == 1 else bool(_exchange(np.uint8([told])).any())
+    return told if count() == 1 else bool(_exchange(np.array([told], np.uint8)).any())
 
 
 def _exchange(x: np.ndarray) -> np.ndarray:

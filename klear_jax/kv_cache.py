@@ -118,13 +118,15 @@ def append_and_attend(
         jnp.asarray(first_page, jnp.int32), rows, q_RTNH, k_RTKH, v_RTKH, *parts
     )
     if not pool.v:
-        return out_RTNH, pool.replace(k=tuple(parts))
+        return out_RTNH, dataclasses.replace(pool, k=tuple(parts))
     k, v = list(pool.k), list(pool.v)
     k[layer], v[layer] = parts
-    return out_RTNH, pool.replace(k=tuple(k), v=tuple(v))
+    return out_RTNH, dataclasses.replace(pool, k=tuple(k), v=tuple(v))
 
 
-def _pages_and_offsets(rows: Rows, page_tokens: int, nowhere: int):
+def _pages_and_offsets(
+    rows: Rows, page_tokens: int, nowhere: int
+) -> tuple[jax.Array, jax.Array]:
     """Page [B] and offset [B] of each block's first token; inactive blocks lie nowhere."""
     order_B = rows.start // page_tokens
     page_B = jnp.take_along_axis(rows.table, order_B[:, None], axis=1)[:, 0]

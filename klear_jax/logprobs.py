@@ -7,6 +7,7 @@ vocabulary, C columns of one block in each shard.
 """
 
 import functools
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,36 @@ from klear_jax.sharding import Layout, constrain, sum_over_tokens
 VOCAB_BLOCK = 2048  # Columns of logits held at once, per shard of the vocabulary.
 
 
+@overload
+def token_logprobs(
+    params: qwen3.Params,
+    config: qwen3.Config,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    temperature: float = 1.0,
+    layout: Layout | None = None,
+    dtype: jnp.dtype | None = None,
+    remat: str = "none",
+    with_entropy: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def token_logprobs(
+    params: qwen3.Params,
+    config: qwen3.Config,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    temperature: float = 1.0,
+    layout: Layout | None = None,
+    dtype: jnp.dtype | None = None,
+    remat: str = "none",
+    with_entropy: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 def token_logprobs(
     params: qwen3.Params,
     config: qwen3.Config,

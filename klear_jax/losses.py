@@ -35,8 +35,9 @@ MAX_LOG_RATIO = 30.0
 MOVABLE_LOGP = -0.05
 # Of the histogram of log-ratios, nats: 2.5% wide where ratios are as a rule, 0 in the middle
 # of a bin.
-LOG_RATIO_EDGES = np.float32(
-    [*(-30, -10, -5, -3, -2), *np.linspace(-1.5125, 1.5125, 122), *(2, 3, 5, 10, 30)]
+LOG_RATIO_EDGES = np.array(
+    [*(-30, -10, -5, -3, -2), *np.linspace(-1.5125, 1.5125, 122), *(2, 3, 5, 10, 30)],
+    np.float32,
 )
 
 

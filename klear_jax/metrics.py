@@ -243,16 +243,16 @@ class Compilations:
         self._shapes.detach()
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **about: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **about: Any) -> None:
         if event != "/jax/core/compile/backend_compile_duration":
             return
         name = about.get("fun_name", "a program")
         if not self._closed:
-            self.planned[name] = self.planned.get(name, 0.0) + seconds
+            self.planned[name] = self.planned.get(name, 0.0) + duration_secs
             return
         self.unplanned += 1
         warnings.warn(
-            f"unplanned compilation of {name} for {self._shapes.last}, {seconds:.1f} s: "
+            f"unplanned compilation of {name} for {self._shapes.last}, {duration_secs:.1f} s: "
             "its shapes were not among those compiled at the start",
             stacklevel=2,
         )
@@ -295,7 +295,7 @@ def of_sampler(counts: list[dict[str, float]]) -> dict[str, float]:
     return {names.get(name, f"sampler/{name}"): x for name, x in values.items()}
 
 
-def of_updates(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def of_updates(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mini-batches' additive metrics -> means of a step and shares of its tokens.
 
     clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
@@ -304,7 +304,7 @@ def of_updates(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
     far the ratio is from 1 in the first mini-batch, where nothing was learnt yet: the larger
     |log| of its first and 99th percentile. A step without a mini-batch has only updates = 0.
     """
-    values = {"updates": len(found)}
+    values: dict[str, float] = {"updates": len(found)}
     if not found:
         return values
     total = {name: sum(metrics[name] for metrics in found) for name in found[0]}
@@ -351,8 +351,8 @@ def ratio_percentiles(below_E: np.ndarray, tokens: float) -> dict[str, float]:
         f"ratio/p{p}": float(np.exp(np.interp(p / 100 * tokens, below_E, edges_E)))
         for p in (1, 5, 50, 95, 99)
     }
-    lowest = edges_E[max(np.searchsorted(below_E, 0, "right") - 1, 0)]
-    highest = edges_E[min(np.searchsorted(below_E, tokens), len(edges_E) - 1)]
+    lowest = edges_E[max(int(np.searchsorted(below_E, 0, "right")) - 1, 0)]
+    highest = edges_E[min(int(np.searchsorted(below_E, tokens)), len(edges_E) - 1)]
     return values | {
         "ratio/min": float(np.exp(lowest)),
         "ratio/max": float(np.exp(highest)),

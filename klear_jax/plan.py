@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -187,7 +188,9 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
     return programs
 
 
-def abstract_batch(shape: tuple[int, int, int], floats: list[str] = ()) -> steps.Batch:
+def abstract_batch(
+    shape: tuple[int, int, int], floats: Sequence[str] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """[M, B, T] of each array that a step reads; `floats` beside what every model reads."""
     names = ("tokens", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
@@ -201,7 +204,7 @@ def compile_program(traced: jax.stages.Traced) -> Program:
     return Program(
         aot.memory(compiled),
         buffers,
-        aot.collectives(compiled.as_text()),
+        aot.collectives(compiled.as_text() or ""),
         time.perf_counter() - start,
     )
 
@@ -253,7 +256,7 @@ def make_plan(
         plan["hbm_bytes"] = chip.hbm_gib * GIB
         if "decode" in programs:
             plan["sampler"] = cache_that_fits(c, layout, programs, state, room)
-        worst = max(phases, key=phases.get)
+        worst = max(phases, key=phases.__getitem__)
         if phases[worst] > room:
             plan["does_not_fit"] = (
                 f"{worst} needs {phases[worst] / GIB:.1f} GiB a chip, and {room / GIB:.1f} of "
@@ -274,7 +277,7 @@ def advice(program: str) -> str:
 
 def summary(collectives: list[aot.Collective]) -> list[dict[str, Any]]:
     """Sums of those that are alike, the largest first."""
-    total = {}
+    total: dict[tuple[str, str, int], tuple[float, float]] = {}
     for one in collectives:
         key = one.kind, one.dtype, one.devices
         count, sent = total.get(key, (0, 0.0))

@@ -97,7 +97,7 @@ def make_problems(
     symbols = arithmetic.SYMBOLS
     if any(one["task"] == "programs" for one in settings):
         symbols += programs.SYMBOLS
-    texts = [row.problem + row.response for row in rows]
+    texts = [row.problem + (row.response or "") for row in rows]
     tokens.train_sentencepiece(texts, folder, symbols=symbols)
     return paths
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -381,7 +381,7 @@ def layer(
     x_BTD: jax.Array,
     weights: Params,
     config: Config,
-    rope: tuple[jax.Array, jax.Array],
+    rope: Sequence[jax.Array],
     attend: Attend,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -518,7 +518,7 @@ def decode(
     params: Params,
     config: Config,
     tokens_BT: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    rope: Sequence[jax.Array],
     attend: Callable[..., tuple[jax.Array, Any]],
     cache: Any,
     *,

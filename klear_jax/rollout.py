@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -478,7 +478,8 @@ def flatten(
     """
     pairs = [(g, j) for g, x in enumerate(groups) for j in range(len(x.outcomes))]
     samples = [groups[g].group.samples[j] for g, j in pairs]
-    outcomes = [groups[g].outcomes[j] for g, j in pairs]
+    # Of complete groups, where each sample has one.
+    outcomes = cast(list[Outcome], [groups[g].outcomes[j] for g, j in pairs])
     score_B = np.array([outcome.score for outcome in outcomes], np.float32)
     over_B = np.array(
         [
@@ -486,8 +487,8 @@ def flatten(
             for sample, (g, _) in zip(samples, pairs, strict=True)
         ]
     )
-    penalty_B = np.float32(
-        -overlong_penalty * np.maximum(over_B, 0) / max(overlong_tokens, 1)
+    penalty_B = np.asarray(
+        -overlong_penalty * np.maximum(over_B, 0) / max(overlong_tokens, 1), np.float32
     )
     return Rollout(
         groups=list(groups),
@@ -580,7 +581,7 @@ def from_json(rows: Sequence[Mapping[str, Any]]) -> list[OpenGroup]:
 
     def one(row: Mapping[str, Any]) -> OpenGroup:
         found = row["samples"]
-        key = jax.random.wrap_key_data(np.array(row["key"], np.uint32))
+        key = jax.random.wrap_key_data(jnp.asarray(np.array(row["key"], np.uint32)))
         samples = [
             sampler.Sample(
                 from_text(x["tokens"], np.int32).tolist(),

@@ -6,6 +6,7 @@ least the longest of the three, as if they overlapped and every rate were the ma
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -180,7 +181,7 @@ def chip_of(device_kind: str) -> Chip | None:
     return KINDS.get(device_kind)
 
 
-def model_of(c, layout: Layout) -> Model:
+def model_of(c: Any, layout: Layout) -> Model:
     """Of the config of a loop."""
     itemsize = jnp.dtype(c.dtype).itemsize
     return Model(c.model, layout, itemsize, c.remat)

@@ -334,7 +334,7 @@ def check_engine(
     """Raises an InputError if the slots cannot be split over the mesh, or the cache cannot
     hold a sample of `slot_tokens` (None: not asked)."""
     replicas, P = _replicas(layout), engine.page_tokens
-    if engine.num_slots % replicas:
+    if layout is not None and engine.num_slots % replicas:
         raise InputError(
             f"num_slots={engine.num_slots} must be a multiple of the {replicas} shards of "
             f"a batch (mesh axes {layout.rules['batch']})"
@@ -384,7 +384,7 @@ def _key_words(groups: Sequence[Group]) -> list[np.ndarray]:
 
 def _requests(groups: Sequence[Group], share_prompts: bool) -> list[scheduler.Prompt]:
     """The samples that have not ended, by what they have in common."""
-    prompts = []
+    prompts: list[scheduler.Prompt] = []
     for i, (group, key) in enumerate(zip(groups, _key_words(groups), strict=True)):
         together: dict[Any, scheduler.Prompt] = {}
         for j, begun in enumerate(group.samples):

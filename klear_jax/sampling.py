@@ -5,6 +5,7 @@ Shape letters: B rows, V vocabulary, X blocks, C tokens of a block.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,9 @@ def choose(logits_BV: jax.Array, uniform_B: jax.Array, sampling: Sampling) -> ja
     return _invert_cdf(prob_BV, uniform_B)
 
 
-def _keep_largest(prob_BV: jax.Array, enough) -> jax.Array:
+def _keep_largest(
+    prob_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """Zeroes all but the fewest largest entries that are `enough` (ties stay together).
 
     Floats of one sign order like their bits: the threshold is found bit by bit, exactly,

@@ -289,14 +289,17 @@ class Scheduler:
                 replica = self._replicas[r]
                 if used[r] == X:
                     continue
-                if replica.prefilling is None:
-                    if waiting[r] >= wanted[r] or not self._start_prompt(replica):
+                prompt = replica.prefilling
+                if prompt is None:
+                    if waiting[r] < wanted[r]:
+                        prompt = self._start_prompt(replica)
+                    if prompt is None:
                         continue
-                    waiting[r] += len(replica.prefilling.requests)
-                    load[r] += len(replica.prefilling.requests)
+                    waiting[r] += len(prompt.requests)
+                    load[r] += len(prompt.requests)
                 # A prefill that must be, and has room left, prepares for all slots.
                 wanted[r] = self.shape.slots
-                used[r] = self._add_blocks(batch, r, used[r])
+                used[r] = self._add_blocks(batch, r, prompt, used[r])
                 break
             else:
                 break
@@ -311,25 +314,24 @@ class Scheduler:
         ending = [s for s in replica.active if s.to_draw <= self.shape.decode_steps]
         return len(replica.empty) + len(ending)
 
-    def _start_prompt(self, replica: _Replica) -> bool:
+    def _start_prompt(self, replica: _Replica) -> Prompt | None:
         """Takes the next prompt of the queue, if there is room for it."""
         if not self._queue or not replica.rows:
-            return False
+            return None
         prompt, num_active = self._queue[0], replica.num_active
         need = self.shape.pages_for(len(prompt.tokens))
         # Each sample under way keeps a page to grow into.
         if need + num_active > len(replica.free) or (replica.crowded and num_active):
-            return False
+            return None
         self._queue.pop(0)
         prompt.pages, prompt.row = replica.take(need), replica.rows.pop()
         prompt.computed = 0
         replica.prefilling = prompt
-        return True
+        return prompt
 
-    def _add_blocks(self, batch: Prefill, r: int, used: int) -> int:
+    def _add_blocks(self, batch: Prefill, r: int, prompt: Prompt, used: int) -> int:
         """Puts blocks of the replica's prompt from `used` on; how many there are then."""
         replica, Q = self._replicas[r], self.shape.block_tokens
-        prompt = replica.prefilling
         total = len(prompt.tokens)
         while used < self.shape.prefill_blocks and prompt.computed < total:
             block = prompt.tokens[prompt.computed : prompt.computed + Q]

@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class DataConfig:
     weights: Mapping[str, float]  # Source -> how often an epoch goes through it.
     row_tokens: int
     pack: bool  # Several samples a row, as segments that do not see each other.
-    too_long: str  # A sample longer than a row: 'error', or 'drop' (counted).
+    too_long: Literal["error", "drop"]  # A sample longer than a row; drops are counted.
     streams: int  # The samples are dealt to so many, each packed by itself.
     prefetch: int  # Batches that a thread makes ahead.
 
@@ -298,7 +298,7 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool, trace: progress.Trace) 
         weigh = jax.jit(
             losses.token_mean_weights, out_shardings=steps.batch_sharding(layout)
         )
-        unread: list[tuple[int, Any, dict[str, float], Any]] = []
+        unread: list[tuple[int, Any, dict[str, float], steps.Metrics]] = []
         # What is known of the step under way, once its update is done. A checkpoint has it
         # if the run was cut off in an evaluation.
         values: dict[str, float] | None = checkpoints.under_way()
@@ -350,13 +350,13 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool, trace: progress.Trace) 
                     _, values = read_oldest()
                 if validates:
                     with shown.phase("validate"):
-                        values |= mean_loss(
+                        values = (values or {}) | mean_loss(
                             validate(state.params, on_device(rows), num_micro)
                             for rows in inputs.validation
                         )
                 if evaluates:
                     with shown.phase("evaluate"):
-                        values |= evaluate.during_training(
+                        values = (values or {}) | evaluate.during_training(
                             state.params,
                             inputs.problems,
                             inputs.tokenizer,
@@ -370,7 +370,11 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool, trace: progress.Trace) 
                     writer.publish()  # First: what a checkpoint holds is not written again.
                 if saves:
                     checkpoints.save(
-                        step + 1, state, data.iterator, under_way=None, metrics=values
+                        step + 1,
+                        state,
+                        data.iterator,
+                        under_way=None,
+                        metrics=values or {},
                     )
                 values = None
         except preemption.Preempted:

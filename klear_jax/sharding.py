@@ -176,14 +176,14 @@ def sum_over_tokens(
     """
     if layout is None:
         return fn
-    tokens = {axis for axes in in_axes for axis in axes} & {"batch", "seq"}
+    tokens = {"batch", "seq"} & {axis for axes in in_axes for axis in axes}
     over = {name for axis in tokens for name in layout.rules[axis]}
     over -= {name for axis in summed_over for name in layout.rules[axis]}
 
     def local(*args):
         x, left = fn(*args), set(over)
         for dim, axis in enumerate(out_axes):
-            names = tuple(n for n in layout.rules.get(axis, ()) if n in over)
+            names = tuple(n for n in layout.rules.get(axis or "", ()) if n in over)
             if names:
                 x = jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
                 left -= set(names)
@@ -266,7 +266,13 @@ def like_params(tree: Any, params_shardings: Any, layout: Layout) -> Any:
 def my_shards(layout: Layout, axis: str, size: int) -> list[int]:
     """The places along a logical axis of so many that lie on devices of this process."""
     places = layout.sharding(axis).addressable_devices_indices_map((size,))
-    return sorted({place for (part,) in places.values() for place in range(size)[part]})
+    return sorted(
+        {
+            place
+            for (part,) in filter(None, places.values())
+            for place in range(size)[part]
+        }
+    )
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -31,7 +31,7 @@ def of_update(
 def of_sampling(
     model: Model,
     counts: Mapping[str, float],
-    tokens: int,
+    tokens: float,
     length: float,
     seconds: float,
 ) -> dict[str, float]:

@@ -290,7 +290,7 @@ def check_micro_rows(micro_rows: int, layout: Layout) -> None:
 
 def compile_score_step(
     step: Callable[..., Any], layout: Layout, params_shardings: Any
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """`score_step` or `loss_step` with all bound -> the program, whose result every host
     can read."""
     return jax.jit(
@@ -302,7 +302,7 @@ def compile_score_step(
 
 def compile_train_step(
     step: TrainStep, layout: Layout, shardings: TrainState
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """`train_step` with loss and optimizer bound -> the program: jit with explicit
     shardings (what pjit was), the old state donated."""
     return jax.jit(

@@ -314,7 +314,7 @@ class _SentencePiece:
         self._skipped = {i for i in map(self.id_of, special) if i is not None}
         spelled = [self.id_of(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if None not in spelled:
-            by_hand[SPACE_MARK] = spelled
+            by_hand[SPACE_MARK] = [i for i in spelled if i is not None]
         self._by_hand = by_hand
         self._split = re.compile(f"({'|'.join(map(re.escape, by_hand)) or '(?!)'})")
 
@@ -323,7 +323,7 @@ class _SentencePiece:
         return None if i == self._model.unk_id() else i
 
     def encode(self, text: str) -> list[int]:
-        ids = []
+        ids: list[int] = []
         for part in self._split.split(text):
             ids += self._by_hand.get(part) or self._model.encode(part)
         return ids
@@ -363,7 +363,7 @@ def _list(value: Any) -> list[Any]:
 
 def _text(folder: epath.Path, token: Any) -> str:
     """The text of a token that is named in tokenizer_config.json, by itself or as an entry."""
-    text = token.get("content") if isinstance(token, Mapping) else token
+    text: Any = token.get("content") if isinstance(token, Mapping) else token
     try:
         text.encode()
     except (AttributeError, UnicodeEncodeError):  # No text, or half a surrogate pair.

@@ -7,12 +7,16 @@ The same command, given again, resumes from the newest checkpoint of the workdir
 is given on every host, see launch/; the workdir is then on storage that all of them share.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from klear_jax import config, gppo, hosts, progress, sft
 from klear_jax.errors import InputError
 
-TASKS = {"sft": (sft.SftConfig, sft.run), "gppo": (gppo.GppoConfig, gppo.run)}
+TASKS: dict[str, tuple[type, Callable[..., None]]] = {
+    "sft": (sft.SftConfig, sft.run),
+    "gppo": (gppo.GppoConfig, gppo.run),
+}
 
 
 def main(argv: list[str]) -> None:

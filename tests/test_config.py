@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -38,6 +39,7 @@ class Outer:
     options: Mapping[str, float]
     inner: Inner
     extra: Inner | None = None
+    kind: Literal["one", "two"] = "one"
 
 
 def values(**changes):
@@ -96,6 +98,7 @@ def test_build_converts(key, value, made):
         ({"zzz": 1}, r"unknown key config\.zzz; there are \['extra', 'flag', .*"),
         ({"inner": {"number": 3, "share": 0.5}}, r"config\.inner\.cap is not set"),
         ({"name": 3}, r"config\.name must be of type str, not 3"),
+        ({"kind": "on"}, r"config\.kind must be one of \('one', 'two'\), not 'on'"),
         ({"name": None}, r"config\.name must be of type str, not None"),
         ({"flag": 1}, r"config\.flag must be of type bool, not 1"),
         ({"inner__number": True}, r"config\.inner\.number must be .* int, not True"),

@@ -521,6 +521,7 @@ def test_state_is_split_over_the_mesh():
 
 
 SFT_REFUSED = [
+    ({"data.too_long": "dorp"}, "data.too_long must be one of ('error', 'drop')"),
     (
         {"batch_rows": 25, "micro_rows": 24},
         "in config: batch_rows=25 must be a multiple of micro_rows=24",
@@ -562,6 +563,10 @@ GPPO_REFUSED = [
         "loss.clip_high and loss.positive_coef not negative",
     ),
     ({"loss.aggregation": "mean"}, "loss.aggregation must be one of ('token_mean',"),
+    (
+        {"data.too_long": "drop"},
+        "data.too_long must be one of ('error', 'truncate_left'), not 'drop'",
+    ),
     (
         {"loss.kind": "clip_higher", "loss.beta_low": 0.25},
         "loss.beta_low and beta_high are for 'gppo', not for 'clip_higher'",

@@ -111,7 +111,7 @@ def make_problems(
       InputError: unknown task, or settings that reasoning-gym refuses.
     """
     entries = _draw(task, num_problems, seed, generator)
-    splits = {split: [] for split in SPLIT_SHARES}
+    splits: dict[str, list[Problem]] = {split: [] for split in SPLIT_SHARES}
     dropped = {split: dict.fromkeys(DROP_REASONS, 0) for split in SPLIT_SHARES}
     seen, ids = set(), set()
     for entry in tqdm.tqdm(entries, desc=f"{task} problems", unit="", delay=1):

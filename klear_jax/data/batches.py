@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import grain
 import numpy as np
@@ -17,7 +17,8 @@ from etils import epath
 
 from klear_jax import hosts
 from klear_jax.data import shards
-from klear_jax.data.examples import Example, read_examples
+from klear_jax.data.examples import read_examples
+from klear_jax.data.rows import Example
 from klear_jax.data.samples import tokenize
 from klear_jax.errors import InputError
 from klear_jax.tokens import Tokenizer
@@ -98,6 +99,13 @@ class Streams:
             self._seen[stream] = state[str(stream)]["seen"]
 
 
+class Rows(Protocol):
+    """A list of them, or what reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, np.ndarray]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Demonstrations of one source, by index: in memory, or read from a data set.
@@ -113,7 +121,7 @@ class Samples:
 
     name: str
     weight: float
-    rows: Sequence[Mapping[str, np.ndarray]]
+    rows: Rows
     num_tokens: int
     num_dropped: int = 0
 
@@ -213,7 +221,7 @@ def prepared_samples(
     Raises:
       InputError: a folder that is no such data set, or none for this tokenizer and rows.
     """
-    found = []
+    found: list[Samples] = []
     for folder in map(str.strip, str(path).split(",")):
         metadata = shards.read_metadata(folder)
         if metadata is None or metadata["made_with"]["kind"] != "sft":

@@ -50,7 +50,7 @@ def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
 
 
 def _read_tfds(path: epath.Path, split: str) -> list[Example]:
-    source = shards.read_source(path, split)
+    source: Any = shards.read_source(path, split)
     try:
         read = source.__getitems__(range(len(source)))
     except Exception as error:  # TFDS, protobuf and array_record raise a class each.

@@ -28,14 +28,14 @@ class Part:
     Attributes:
       path: the file.
       first: number of the first row, from 1: a line's number, or a row's in parquet.
-      lines: of JSON, empty ones too; None where `table` has the rows.
+      lines: of JSON, empty ones too; none where `table` has the rows.
       table: of parquet.
       num_read: bytes of the file since the part before.
     """
 
     path: str
     first: int
-    lines: list[bytes] | None
+    lines: list[bytes]
     table: pyarrow.Table | None
     num_read: int
 
@@ -192,7 +192,7 @@ def _parquet_parts(
             if size >= part_bytes or seen == num_rows:
                 table = pyarrow.Table.from_batches(batches)
                 read = size_on_disk * len(table) // max(num_rows, 1)
-                yield Part(path, first, None, table, read)
+                yield Part(path, first, [], table, read)
                 first, batches, size = seen + 1, [], 0
         if seen != num_rows:
             raise OSError(f"its footer says {num_rows} rows, it holds {seen}")

@@ -68,7 +68,8 @@ class SourceConfig:
             raise InputError(f"fields may name {sorted(known)}, not {unknown}")
 
     def mapping(self) -> rows.Fields:
-        return dataclasses.replace(rows.SHAPES[self.shape], **self.fields)
+        fields: dict[str, Any] = {**self.fields}
+        return dataclasses.replace(rows.SHAPES[self.shape], **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +239,7 @@ def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
     Raises:
       InputError: a row without a prompt, or with a `correct` that is no truth value.
     """
-    right, total = Counter(), Counter()
+    right, total = Counter[int](), Counter[int]()
     for path in (path for pattern in patterns for path in files.find(pattern)):
         for origin, row, messages in samples.read_prompts(path):
             if not isinstance(row.get("correct"), bool):
@@ -380,7 +381,7 @@ def _judge(config: PrepareConfig, parts: list[pathlib.Path]) -> None:
             for i, future in enumerate(scores):
                 if future and np.isfinite(score := future.result().score):
                     right[i] = score == config.rewards.full_credit
-            samples.put(output, lambda path, right=right: _save(path, right))
+            samples.put(output, functools.partial(_save, array=right))
 
 
 def _save(path: pathlib.Path, array: np.ndarray) -> None:

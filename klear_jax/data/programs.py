@@ -58,7 +58,7 @@ class Part:
 
     words: str
     code: str
-    run: Callable[[Any], Any]
+    run: Callable[..., Any]
 
 
 def _maps() -> list[Part]:
@@ -143,7 +143,8 @@ class Task:
                 [("fold", FOLDS), ("map", MAPS), ("filter", FILTERS)]
             )
         choices = [choice for choice in choices if choice != getattr(self, part)]
-        return dataclasses.replace(self, **{part: rng.choice(choices)})
+        other: dict[str, Any] = {part: rng.choice(choices)}
+        return dataclasses.replace(self, **other)
 
 
 def all_tasks() -> Iterator[Task]:

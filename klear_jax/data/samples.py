@@ -107,7 +107,7 @@ def load_benchmarks(
 ) -> cleaning.Benchmarks:
     """The problems of all benchmark files: JSON lines or parquet with a prompt, as
     `rows.SHAPES["any"]` says."""
-    problems = []
+    problems: list[tuple[str, str]] = []
     for path in (path for pattern in patterns for path in files.find(pattern)):
         before = len(problems)
         for origin, _, messages in read_prompts(path):
@@ -213,7 +213,7 @@ def _sample(
             raise Unwanted("benchmark passage", f"{passage!r} of {problem}")
     response = ""
     if kind == "sft":
-        response = example.response
+        response = example.response or ""
         fault = cleaning.think_fault(response)
         if fault and config.think == "required":
             raise Unwanted(fault)
@@ -252,7 +252,7 @@ def _sample(
 
 
 def tokenize(
-    messages: Sequence[dict[str, str]], response: str, tokenizer: tokens.Tokenizer
+    messages: Sequence[Mapping[str, str]], response: str, tokenizer: tokens.Tokenizer
 ) -> tuple[list[int], list[int]]:
     """Ids of the prompt, and those that are learnt: of the response and its end."""
     ids = [*tokenizer.encode(response), tokenizer.stop_ids[0]]

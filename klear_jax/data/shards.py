@@ -130,7 +130,7 @@ def write_shard(
         for part, rows in parts:
             table = pyarrow.parquet.read_table(part, columns=wanted).take(rows)
             for batch in table.to_batches(max_chunksize=256):
-                tokens = "tokens" in wanted and batch.column("tokens")
+                tokens = batch.column("tokens") if "tokens" in wanted else []
                 for i, row in enumerate(_without_tokens(batch).to_pylist()):
                     if "tokens" in wanted:
                         row["tokens"] = tokens[i].values.to_numpy()

@@ -67,17 +67,18 @@ def parse(ground_truth: str | Mapping[str, Any]) -> Tests:
             raise InputError("inputs and outputs must be lists")
         if len(inputs) != len(outputs):
             raise InputError(f"{len(inputs)} inputs for {len(outputs)} outputs")
-        cases = [(_text(a), _text(b)) for a, b in zip(inputs, outputs, strict=True)]
+        cases: list[Any] = [
+            (_text(a), _text(b)) for a, b in zip(inputs, outputs, strict=True)
+        ]
     else:
         cases = tests[form]
         cases = [cases] if isinstance(cases, str) else cases
         if not isinstance(cases, list) or not all(isinstance(c, str) for c in cases):
             raise InputError(f"{form} must be text, or a list of texts")
-    if not cases:
-        raise InputError(f"no tests: {form} is empty")
-    if form != "inputs":
         for case in cases:
             _check_asserts(form, case)
+    if not cases:
+        raise InputError(f"no tests: {form} is empty")
     timeout_s, most = tests.get("timeout", 35.0), tests.get("max_test_cases")
     if not _is_number(timeout_s) or not 0 < timeout_s <= 3600:
         raise InputError(

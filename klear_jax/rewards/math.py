@@ -103,7 +103,7 @@ def last_number(
     if not all(golds):
         raise InputError(f"the answer must be a number, not {ground_truth!r}")
     numbers = re.findall(_NUMBER, text)
-    values = {_value(gold[0]) for gold in golds}
+    values = {_value(gold[0]) for gold in golds if gold}
     return correct if numbers and _value(numbers[-1]) in values else wrong
 
 
@@ -157,7 +157,7 @@ def _verdict(text: str, golds: tuple[str, ...]) -> bool:
     return parsed[1] in golds or any(_equal(gold, parsed) for gold in golds)
 
 
-def _parse(text: str) -> list:
+def _parse(text: str) -> list[object]:
     """[expression, its text], or fewer where there is no answer."""
     if threading.current_thread() is not threading.main_thread():
         # math-verify would raise ValueError, which must not read as a wrong answer.
@@ -176,7 +176,7 @@ def _parse(text: str) -> list:
             return []
 
 
-def _equal(gold: str, parsed: list) -> bool:
+def _equal(gold: str, parsed: list[object]) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

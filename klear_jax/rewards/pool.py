@@ -217,7 +217,7 @@ class _Worker:
         self._memory_mb = memory_mb
         self._lock = threading.Lock()  # No start once retired, no kill once reaped.
         self._retired = False
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def attempt(self, request: bytes, timeout_s: float) -> Outcome:
         """One try, in a process started if need be and ended unless the try is 'ok'."""
@@ -246,7 +246,8 @@ class _Worker:
         with self._lock:
             if self._process is None:
                 return "not started"
-            self._kill()  # A process that is dying by itself keeps its own exit status.
+            # A process that is dying by itself keeps its own exit status.
+            self._kill(self._process)
             returncode = self._process.wait()
             self._process = None
         self._replies.close()
@@ -258,7 +259,7 @@ class _Worker:
         with self._lock:
             self._retired = True
             if self._process is not None:
-                self._kill()
+                self._kill(self._process)
 
     def _start(self) -> None:
         with self._lock:
@@ -272,7 +273,7 @@ class _Worker:
                     self._process = subprocess.Popen(
                         # Its modules come from where ours do; -P adds no folder.
                         [sys.executable, "-P", "-m", __name__, str(self._memory_mb)],
-                        stdin=theirs,
+                        stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         env=_environment(),
                         start_new_session=True,  # A group to kill; Ctrl-C stays ours.
@@ -282,10 +283,10 @@ class _Worker:
                     raise
             self._channel, self._replies = ours, ours.makefile("rb")
 
-    def _kill(self) -> None:
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
         # The leader is not reaped yet, so the number is still its own.
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
     def _receive(self) -> Outcome:
         line = self._replies.readline()

@@ -89,9 +89,12 @@ def make_pool(config: RewardConfig) -> Pool:
 class Row(Protocol):
     """An example of a data set, as far as rewards go."""
 
-    origin: str
-    source: str
-    answer: Any
+    @property
+    def origin(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def answer(self) -> Any: ...
 
 
 def check(config: RewardConfig, rows: Iterable[Row]) -> None:

@@ -43,7 +43,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from klear_jax.errors import InputError
 
@@ -156,7 +157,12 @@ def _check(result: Result) -> None:
         raise OSError(f"a program that does nothing ends so: {result}")
 
 
-def _run_all(programs, timeout_s, memory_mb, isolation) -> list[Result]:
+def _run_all(
+    programs: Sequence[tuple[str, str]],
+    timeout_s: float,
+    memory_mb: int,
+    isolation: str,
+) -> list[Result]:
     if sys.platform != "linux":
         raise OSError(f"namespaces and limits are Linux's, and this is {sys.platform}")
     stdins = [stdin.encode(errors="replace") for _, stdin in programs]
@@ -313,7 +319,11 @@ def _rlimits(limits: list[str], _: int, code_fd: int, *__: int) -> list[str]:
     return [*limits, *_INTERPRETER, f"/dev/fd/{code_fd}"]
 
 
-_COMMANDS = {"bubblewrap": _bubblewrap, "unshare": _unshare, "rlimits": _rlimits}
+_COMMANDS: dict[str, Callable[..., list[str]]] = {
+    "bubblewrap": _bubblewrap,
+    "unshare": _unshare,
+    "rlimits": _rlimits,
+}
 
 # The site module would take longer to import than all else; PYTHONPATH does its work.
 _INTERPRETER = [os.path.realpath(sys.executable), "-S"]
@@ -462,13 +472,21 @@ def _forbidden_calls() -> bytes:
 # --- while it runs --------------------------------------------------------------------
 
 
-def _follow(process, stdin, *, deadline, memory_mb, room) -> tuple[bytes, bytes]:
+def _follow(
+    process: subprocess.Popen[bytes],
+    stdin: bytes,
+    *,
+    deadline: float,
+    memory_mb: int,
+    room: int,
+) -> tuple[bytes, bytes]:
     """Feeds and reads the process until it has ended, or must; what it printed.
 
     Args:
       deadline: on the monotonic clock.
       room: bytes that it may print.
     """
+    assert process.stdin and process.stdout and process.stderr  # Pipes, all three.
     out, err, unsent = bytearray(), bytearray(), memoryview(stdin)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ, out)
@@ -485,8 +503,8 @@ def _follow(process, stdin, *, deadline, memory_mb, room) -> tuple[bytes, bytes]
                     key.data.extend(data)
                     over = not data
                 if over:
-                    selector.unregister(key.fileobj)
-                    key.fileobj.close()
+                    pipe: Any = selector.unregister(key.fileobj).fileobj
+                    pipe.close()
             if (
                 len(out) + len(err) > room
                 or time.monotonic() > deadline
@@ -523,10 +541,11 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _end(process: subprocess.Popen, status_fd: int) -> None:
+def _end(process: subprocess.Popen[bytes], status_fd: int) -> None:
     """Waits until the process is gone with all that descend from it, and sees to it if they
     still print. The first goes last and by itself: it is the one who buries the next, where
     the host's init may not, and who would be left would count as a process for ever."""
+    assert process.stdout and process.stderr  # Pipes, both.
     first, *others = _tree(process.pid)
     if not (process.stdout.closed and process.stderr.closed):
         _signal(others)

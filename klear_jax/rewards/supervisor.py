@@ -54,7 +54,7 @@ def supervise() -> str:
     os._exit(0)
 
 
-def unnamed_file(content):
+def unnamed_file(content: bytes) -> int:
     """The number of a new file that holds the bytes, for one program to read or write."""
     # To append: a program that opens /dev/stdout once more writes behind what is there.
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
@@ -66,13 +66,13 @@ def unnamed_file(content):
     return number
 
 
-def read_all(number):
+def read_all(number: int) -> bytes:
     os.lseek(number, 0, os.SEEK_SET)
     with open(number, "rb", closefd=False) as file:
         return file.read()
 
 
-def become_child(streams, timeout_s):
+def become_child(streams: list[int], timeout_s: float) -> None:
     os.setsid()
     prctl(SET_DUMPABLE, 1)
     for number, stream in enumerate(streams):
@@ -82,7 +82,7 @@ def become_child(streams, timeout_s):
     resource.setrlimit(resource.RLIMIT_CPU, (int(timeout_s) + 2,) * 2)
 
 
-def wait(pid, pidfd, timeout_s):
+def wait(pid: int, pidfd: int, timeout_s: float) -> tuple[int, bool]:
     """The status of the child, and whether its time was over."""
     poll = select.poll()
     poll.register(pidfd)
@@ -95,7 +95,7 @@ def wait(pid, pidfd, timeout_s):
     return status, timed_out
 
 
-def end_others(pid, alone):
+def end_others(pid: int, alone: bool) -> None:
     """Ends what a child has left behind: in a namespace, that is all but us. As its first
     process we bury them too, or their entries would count as processes."""
     try:
@@ -109,7 +109,7 @@ def end_others(pid, alone):
         pass
 
 
-def empty(folder):
+def empty(folder: str) -> None:
     """Removes all that a program has left in a folder, also what it has locked."""
     found = []
     for path, folders, files in os.walk(folder):
@@ -117,12 +117,13 @@ def empty(folder):
         for at in (os.path.join(path, name) for name in folders):
             link = os.path.islink(at)
             found.append((os.remove if link else os.rmdir, at))
-            link or os.chmod(at, 0o700)  # Before os.walk looks into it.
+            if not link:
+                os.chmod(at, 0o700)  # Before os.walk looks into it.
     for remove, at in reversed(found):
         remove(at)
 
 
-def start(code, names):
+def start(code: str, names: dict[str, object]) -> None:
     """Runs the program as the main module, with nothing of ours in sight.
 
     Then ends as Python would, but for taking all objects apart: after a fork that costs
@@ -130,7 +131,8 @@ def start(code, names):
     """
     os_, sys_, atexit_, builtins_ = os, sys, atexit, builtins
     streams = sys.stdout, sys.stderr
-    builtins_.exit = builtins_.quit = sys_.exit  # As the site module has them.
+    # As the site module has them.
+    vars(builtins_).update(exit=sys_.exit, quit=sys_.exit)
     status = 0
     try:
         program = compile(code, "program.py", "exec", dont_inherit=True)
