@@ -6,6 +6,7 @@ source launch/setup.sh
 setup ".[test]"
 ruff check --quiet .
 ruff format --quiet --check .
+mypy --no-error-summary
 # A file stays in one process: its tests share compiled programs.
 python -m pytest --numprocesses="${TEST_PROCESSES:-2}" --dist=loadfile \
   --no-loadscope-reorder "$@"
