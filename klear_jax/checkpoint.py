@@ -533,6 +533,22 @@ def _is_checkpoint(path: epath.Path) -> bool:
     return path.parent.name == BETWEEN and path.name in _numbered(path.parent)
 
 
+def resolve(path: str | epath.Path) -> epath.Path:
+    """What `load_model` reads: of a workdir, the newest checkpoint that is not damaged; all
+    else is itself."""
+    path = epath.Path(path)
+    return _newest_undamaged(path) if is_workdir(path) else path
+
+
+def read_about(path: str | epath.Path) -> dict[str, Any] | None:
+    """What a checkpoint, as `resolve` gives it, says of itself: `steps_done`, `config` and
+    `versions`. None: it is none."""
+    path = epath.Path(path)
+    if not _is_checkpoint(path):
+        return None
+    return hf_weights.read_json(path / "about" / "metadata")
+
+
 def load_model(
     path: str | epath.Path, layout: Layout | None = None
 ) -> tuple[qwen3.Params, qwen3.Config]:
@@ -544,8 +560,8 @@ def load_model(
         layout: where to place them: each process reads only what lies on its devices. None:
             in host memory.
     """
-    path = epath.Path(path)
-    if not is_workdir(path) and not _is_checkpoint(path):
+    path = resolve(path)
+    if not _is_checkpoint(path):
         return hf_weights.load(model_folder(path), dtype=jnp.float32, layout=layout)
     config = hf_weights.read_config(model_folder(path))
     abstract = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
@@ -557,17 +573,16 @@ def load_model(
         )
     else:
         abstract = _placed(abstract, qwen3.params_shardings(config, layout))
-    folder = path if _is_checkpoint(path) else _newest_undamaged(path)
     try:
-        with ocp.CheckpointManager(_absolute(folder.parent)) as manager:
+        with ocp.CheckpointManager(_absolute(path.parent)) as manager:
             params = manager.restore(
-                int(folder.name),
+                int(path.name),
                 args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
             ).params
         jax.tree.map(_check_shape, params, abstract)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{folder} holds no parameters of {model_folder(path) / 'config.json'}: {error}"
+            f"{path} holds no parameters of {model_folder(path) / 'config.json'}: {error}"
         ) from error
     return params, config
 

@@ -6,7 +6,7 @@ evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Fac
 another workdir; or, with neither, what the config starts from) as the config's section
 `evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and
 writes it, with the share of right answers of each problem, to --output: by default
-evaluation.json in the workdir.
+evaluation.json in the workdir. It says, too, after how many steps of the run.
 
 With --samples=FILE it writes the samples instead, a line of JSON each: prompt, response,
 answer, reward, correct. `prepare_data` reads them: for the pass rate of each prompt, or to
@@ -283,8 +283,11 @@ def main(argv: list[str]) -> None:
     with routing.make_pool(c.rewards) as pool:
         problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
         layout = Layout(make_mesh(c.mesh), c.mesh.rules)
+        about = None
         if path:
-            params, model = checkpoint.load_model(path, layout)
+            found = checkpoint.resolve(path)
+            about = checkpoint.read_about(found)
+            params, model = checkpoint.load_model(found, layout)
             if c.model.yarn:  # It reaches further than it was trained.
                 far = {"yarn": c.model.yarn, "max_positions": c.model.max_positions}
                 model = dataclasses.replace(model, **far)
@@ -324,7 +327,11 @@ def main(argv: list[str]) -> None:
         return
     print(json.dumps(metrics, indent=2))
     if output:
-        metrics["per_problem"] = per_problem(problems, rollouts)
+        metrics |= {
+            "steps_done": about and about["steps_done"],
+            "evaluation": dataclasses.asdict(c.evaluation),
+            "per_problem": per_problem(problems, rollouts),
+        }
         epath.Path(output).write_text(json.dumps(metrics, indent=2) + "\n")
 
 
