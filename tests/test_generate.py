@@ -1,5 +1,6 @@
 """Prompts in, text out as it comes: what is shown is what was sampled."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -223,6 +224,8 @@ class Terminal(io.StringIO):
 
 
 def test_the_sample_in_front_is_shown_and_the_others_wait(tokenizer):
+    # A stop token that decoding would not leave out.
+    tokenizer = dataclasses.replace(tokenizer, stop_ids=tuple(tokenizer.encode("-")))
     a, b, c = (tokenizer.encode(text) for text in ("7<think>é", "12", "=<"))
     key, out = jax.random.key(0), Terminal()
     group = sampler.Group([1], 0, key, 9, [sampler.NOT_BEGUN] * 3)
