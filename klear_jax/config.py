@@ -73,9 +73,14 @@ def trim_after_compilations() -> None:
 
 
 def parse_flags(
-    argv: Sequence[str], doc: str, texts: Mapping[str, str], *, with_config: bool = True
+    argv: Sequence[str],
+    doc: str,
+    texts: Mapping[str, str],
+    *,
+    switches: Mapping[str, str] = types.MappingProxyType({}),
+    with_config: bool = True,
 ) -> types.SimpleNamespace:
-    """Parses a command line of --config=FILE, --config.KEY=VALUE and text flags.
+    """Parses a command line of --config=FILE, --config.KEY=VALUE, text flags and switches.
 
     --help prints `doc` and the flags, and exits.
 
@@ -83,10 +88,11 @@ def parse_flags(
         argv: sys.argv.
         doc: what --help says.
         texts: name -> help of the other flags; each is text, and None if not given.
+        switches: name -> help of flags without a value; each is False if not given.
         with_config: whether the command takes --config, which is then required.
 
     Returns:
-        The text flags by name, and `config`: a locked ConfigDict.
+        The text flags and switches by name, and `config`: a locked ConfigDict.
 
     Raises:
         InputError: whatever does not fit, the config file included.
@@ -96,6 +102,9 @@ def parse_flags(
     named = flags.FlagValues()
     for name, text in texts.items():
         flags.DEFINE_string(name, None, text, flag_values=named)
+    for name, text in switches.items():
+        flags.DEFINE_boolean(name, False, text, flag_values=named)
+    texts = dict(texts) | dict(switches)
     flags.DEFINE_boolean("help", False, "Show this.", flag_values=named)
     named.set_gnu_getopt(True)  # Flags may follow a value that stands alone.
     try:

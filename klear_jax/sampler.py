@@ -95,6 +95,7 @@ def generate(
     dtype: jnp.dtype | None = None,
     layout: Layout | None = None,
     on_finish: Callable[[int, int, Sample], None] | None = None,
+    on_tokens: Callable[[int, int, list[int]], None] | None = None,
     share_prompts: bool = True,
     **engine: Any,
 ) -> list[list[Sample]]:
@@ -114,6 +115,8 @@ def generate(
         layout: of the parameters, where they lie on a mesh: slots then lie on its batch
             axes, heads on its tensor axis.
         on_finish: called with (prompt index, sample index, Sample) as samples end.
+        on_tokens: called with (prompt index, sample index, tokens) as tokens come: each
+            token once, in order, before its sample's on_finish.
         share_prompts: a prompt is computed once for all its samples.
         **engine: see `Engine`.
 
@@ -146,6 +149,7 @@ def generate(
         dtype=dtype,
         layout=layout,
         on_finish=on_finish,
+        on_tokens=on_tokens,
         share_prompts=share_prompts,
     )
     return [list(group.samples) for group in groups]
@@ -162,6 +166,7 @@ def sample_groups(
     dtype: jnp.dtype | None = None,
     layout: Layout | None = None,
     on_finish: Callable[[int, int, Sample], None] | None = None,
+    on_tokens: Callable[[int, int, list[int]], None] | None = None,
     enough: Callable[[], bool] | None = None,
     slot_tokens: int | None = None,
     share_prompts: bool = True,
@@ -169,6 +174,7 @@ def sample_groups(
     """Continues every sample that has not ended; see `generate`.
 
     Args:
+        on_tokens: hears of the tokens that are drawn now, not of those that were there.
         slot_tokens: room of a sample with its prompt. It fixes the programs: this and the
             engine are then what is compiled, whatever is asked for. None: made to fit.
         enough: asked before each call; once true, no more is begun, and the samples are
@@ -213,7 +219,8 @@ def sample_groups(
 
     plan = scheduler.Scheduler(shape, _requests(groups, share_prompts), stop_ids)
     ahead = 0 if jax.default_backend() == "cpu" else 1
-    for result in run(plan, programs, enough, ahead=ahead):
+    on_read = on_tokens and _Telling(on_tokens)
+    for result in run(plan, programs, enough, ahead=ahead, on_read=on_read):
         finish(result, ended=True)
     for result in plan.unfinished():
         finish(result, ended=False)
@@ -258,6 +265,7 @@ def run(
     enough: Callable[[], bool] | None = None,
     *,
     ahead: int = 1,
+    on_read: Callable[[scheduler.Decode], None] | None = None,
 ) -> Iterator[scheduler.Finished]:
     """Runs the plan; yields samples as they end, while the next steps are under way.
 
@@ -265,6 +273,8 @@ def run(
         enough: see `sample_groups`.
         ahead: calls that are dispatched before the host reads the one in front of them:
             1 keeps a device busy that is not the host; 0 hears of stop tokens sooner.
+        on_read: called with each call of decoding whose tokens its samples now have,
+            before those of them that have ended are yielded.
     """
     under_way: collections.deque[tuple[scheduler.Decode, Any, Any]] = (
         collections.deque()
@@ -283,11 +293,30 @@ def run(
             under_way.append((batch, *programs.decode(batch)))
         if under_way and (batch is None or len(under_way) > ahead):
             batch, tokens_SRB, logprobs_SRB = under_way.popleft()
-            yield from plan.read(
+            finished = plan.read(
                 batch, np.asarray(tokens_SRB), np.asarray(logprobs_SRB)
             )
+            if on_read is not None:
+                on_read(batch)
+            yield from finished
         elif prefill is None and batch is None:
             return
+
+
+class _Telling:
+    """Tells of the tokens that a call of decoding has brought. A sample that was preempted
+    draws the same tokens again, from its first: it has been told of once."""
+
+    def __init__(self, on_tokens: Callable[[int, int, list[int]], None]):
+        self._on_tokens = on_tokens
+        self._told: collections.Counter[tuple[int, int]] = collections.Counter()
+
+    def __call__(self, batch: scheduler.Decode) -> None:
+        for _, slot, _ in batch.cells:
+            i, j = slot.request.name
+            if new := slot.tokens[self._told[i, j] :]:
+                self._told[i, j] += len(new)
+                self._on_tokens(i, j, new)
 
 
 def check_groups(

@@ -21,6 +21,7 @@ import jinja2.sandbox
 import sentencepiece
 import tokenizers
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
 from klear_jax.errors import InputError
 
@@ -36,6 +37,8 @@ FILES = (
 EXCERPT = 200  # Characters of messages in an error.
 # sentencepiece writes a space as this character, so it cannot tell the two apart.
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+# What stands in a text for bytes that are no character.
+NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 QWEN3_CHAT = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -113,6 +116,23 @@ class Tokenizer:
             if source.exists():
                 _check_own(source)
                 source.copy(folder / name, overwrite=True)
+
+    def export(self, folder: epath.PathLike) -> None:
+        """`save`, so that transformers reads the folder and ends a response where we do."""
+        self.save(folder)
+        folder = epath.Path(folder)
+        _change_json(
+            folder / "generation_config.json", {"eos_token_id": list(self.stop_ids)}
+        )
+        with _refusal(f"{self.path} cannot be written as a tokenizer.json"):
+            converted = self._vocabulary.to_hugging_face()
+        if converted:
+            (folder / "tokenizer.json").write_text(converted)
+        # Left to itself, transformers takes a class by the model's type, and some classes
+        # split texts in their own way, whatever tokenizer.json says.
+        file = folder / "tokenizer_config.json"
+        if converted or "tokenizer_class" not in _read_json(file):
+            _change_json(file, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _check_own(path: epath.Path) -> None:
@@ -204,6 +224,34 @@ def cut_at_stop(
         else:
             too_short = middle
     return ids[:enough], True
+
+
+class Stream:
+    """The text of tokens as they come: a character is told when the last of its bytes is
+    there, so that what was told stays true.
+
+    All that `add` returns, and what `end` does, is `decode` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        # Tokens whose text was told, as far back as what follows may depend on them.
+        self._told: list[int] = []
+        self._untold: list[int] = []
+
+    def add(self, ids: Iterable[int]) -> str:
+        """What can be told now."""
+        self._untold += ids
+        text = self.end()
+        if not text or text.endswith(NO_CHARACTER):
+            return ""
+        self._told, self._untold = self._untold, []
+        return text
+
+    def end(self) -> str:
+        """What is left when no more tokens come, bytes that make no character among it."""
+        before = self._tokenizer.decode(self._told)
+        return self._tokenizer.decode(self._told + self._untold)[len(before) :]
 
 
 def train_sentencepiece(
@@ -300,11 +348,15 @@ class _HuggingFace:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def to_hugging_face(self) -> None:
+        """Nothing: it is one."""
+
 
 class _SentencePiece:
     """The vocabulary of a tokenizer.model."""
 
     def __init__(self, data: bytes, special: set[str]):
+        self._data, self._special = data, special
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.size = self._model.vocab_size()
         if not self.size:  # An empty file parses.
@@ -333,6 +385,54 @@ class _SentencePiece:
             [i for i in ids if 0 <= i < self.size and i not in self._skipped]
         )
 
+    def to_hugging_face(self) -> str | None:
+        """A tokenizer.json that does the same; None for a kind that `train_sentencepiece`
+        does not make, and which transformers may read itself, or not."""
+        protos: Any = sentencepiece_model_pb2  # Its classes are made as it is imported.
+        kinds = protos.ModelProto.SentencePiece
+        trained_as = protos.TrainerSpec
+        model = protos.ModelProto.FromString(self._data)
+        kind, rule = model.trainer_spec.model_type, model.normalizer_spec
+        if (
+            kind not in (trained_as.BPE, trained_as.CHAR)
+            or not model.trainer_spec.byte_fallback
+            or rule.name != "identity"
+            or rule.add_dummy_prefix
+            or rule.remove_extra_whitespaces
+        ):
+            return None
+        # Without its marks for spaces, a real mark is what it is: spelled in bytes.
+        pieces = [piece.piece.replace(SPACE_MARK, " ") for piece in model.pieces]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        of_kind = {
+            kind: [
+                name
+                for name, piece in zip(pieces, model.pieces, strict=True)
+                if piece.type == kind
+            ]
+            for kind in (kinds.NORMAL, kinds.USER_DEFINED, kinds.CONTROL)
+        }
+        # The pieces stand in the order in which they are merged.
+        merges = [
+            (piece[:n], piece[n:])
+            for piece in of_kind[kinds.NORMAL]
+            for n in range(1, len(piece))
+            if piece[:n] in vocab and piece[n:] in vocab
+        ]
+        found = tokenizers.Tokenizer(
+            tokenizers.models.BPE(vocab, merges, byte_fallback=True)
+        )
+        found.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        )
+        for name in of_kind[kinds.USER_DEFINED] + of_kind[kinds.CONTROL]:
+            token = tokenizers.AddedToken(name, normalized=False)
+            if name in self._special or name in of_kind[kinds.CONTROL]:
+                found.add_special_tokens([token])
+            else:
+                found.add_tokens([token])
+        return found.to_str()
+
 
 def _vocabulary_file(path: epath.Path) -> epath.Path:
     if not path.is_dir():
@@ -355,6 +455,11 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object")
     return content
+
+
+def _change_json(path: epath.Path, changes: dict[str, Any]) -> None:
+    """Sets keys of a JSON object, whose file need not be there."""
+    path.write_text(json.dumps(_read_json(path) | changes, indent=2) + "\n")
 
 
 def _list(value: Any) -> list[Any]:

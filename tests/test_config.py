@@ -273,6 +273,24 @@ def test_text_flags():
         config.parse_flags(["export", "--config.seed=3"], "", {}, with_config=False)
 
 
+def test_switches():
+    def found(*argv):
+        return config.parse_flags(
+            ["generate", *argv],
+            "",
+            {"seed": ""},
+            switches={"raw": "Raw."},
+            with_config=False,
+        )
+
+    assert vars(found("--raw", "--seed=3")) == {"seed": "3", "raw": True}
+    assert vars(found()) == {"seed": None, "raw": False}
+    with pytest.raises(InputError, match=r"unknown flag --ra; did you mean 'raw'\?"):
+        found("--ra")
+    with pytest.raises(InputError, match=r"in the flags: flag --raw=3: .*boolean"):
+        found("--raw=3")
+
+
 def test_config_is_locked_and_fresh():
     found = config.parse_flags(["train", TINY, "--config.seed=3"], "", {}).config
     with pytest.raises((KeyError, AttributeError)):

@@ -17,6 +17,7 @@ from configs import gppo_tiny, sft_tiny
 from configs.data import sft as prepare_config
 from klear_jax import (
     checkpoint,
+    evaluate,
     export,
     hf_weights,
     metrics,
@@ -406,6 +407,53 @@ def test_export_of_a_run(gppo_run, tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").exists()
     with pytest.raises(Exception, match="already holds a model"):
         export.export(str(workdir), str(tmp_path / "out"), np.dtype("float32"))
+    with pytest.raises(InputError, match="out is no run, whose model could be"):
+        export.export(
+            str(tmp_path / "out"), str(tmp_path / "other"), np.dtype("float32")
+        )
+
+
+@pytest.mark.parametrize("steps_done", [3, 6])
+def test_the_card_of_an_export_is_of_its_checkpoint(gppo_run, tmp_path, steps_done):
+    workdir, config = gppo_run
+    source = workdir / "checkpoints" / "3" if steps_done == 3 else workdir
+    # Written for this checkpoint, and for another.
+    evaluate.main(
+        [
+            "evaluate",
+            f"--config={write_config(config, tmp_path)}",
+            f"--model={source}",
+            f"--output={workdir / 'evaluation.json'}",
+        ]
+    )
+    out = tmp_path / "out"
+    export.export(str(source), str(out), np.dtype("bfloat16"))
+    card = (out / "README.md").read_text()
+    assert f"{steps_done} of 6 steps" in card
+    line = read_lines(workdir / "metrics.jsonl")[steps_done - 1]
+    assert f"| `reward/mean` | {line['reward/mean']:.4g} |" in card
+    assert f"| `entropy` | {line['entropy']:.4g} |" in card
+    assert "On 4 problems of" in card
+    about = json.loads((out / "klear_config.json").read_text())
+    assert about["steps_done"] == steps_done
+    assert about["config"] == json.loads((workdir / "config.json").read_text())
+    export.export(
+        str(workdir if steps_done == 3 else workdir / "checkpoints" / "3"),
+        str(tmp_path / "other"),
+        np.dtype("bfloat16"),
+    )
+    assert "On 4 problems of" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def write_config(config, folder):
+    """A config file that returns the config."""
+    file = folder / "config.py"
+    file.write_text(
+        "import json, ml_collections\n"
+        "def get_config():\n"
+        f"    return ml_collections.ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
+    return file
 
 
 def write_lines(path, *lines):

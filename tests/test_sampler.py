@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import re
 
 import hypothesis
@@ -203,7 +204,9 @@ def groups_of(prompts, samples=1, limit=N):
     ]
 
 
-def run(params, groups, *, share_prompts=True, **engine):
+def run(
+    params, groups, *, share_prompts=True, on_tokens=None, on_finish=None, **engine
+):
     sizes = {"num_slots": 4, "page_tokens": 8, "prefill_tokens": 16}
     return sampler.sample_groups(
         params,
@@ -213,6 +216,8 @@ def run(params, groups, *, share_prompts=True, **engine):
         engine=sampler.Engine(**sizes | engine),
         slot_tokens=32,
         share_prompts=share_prompts,
+        on_tokens=on_tokens,
+        on_finish=on_finish,
         stop_ids=(5, 50, 70, 71),
     )
 
@@ -352,6 +357,30 @@ def test_samples_are_handed_out_once_as_they_end(params, num_slots):
     assert all(sample is got[i][j] for (i, j), sample in found.items())
     if num_slots == 256:  # Short ones first: nobody waits for the slowest.
         assert {i for i, _ in order[:6]} == {1, 3, 4}
+
+
+def test_tokens_are_told_as_they_come(params):
+    """Each once, in order, before the end of their sample; also where the cache is full."""
+    told, ended = {}, {}
+
+    def on_tokens(i, j, tokens):
+        assert (i, j) not in ended
+        told.setdefault((i, j), []).append(tokens)
+
+    groups, stats = run(
+        params,
+        groups_of(list(enumerate(PROMPTS)), samples=3),
+        pool_tokens=48,
+        on_tokens=on_tokens,
+        on_finish=lambda i, j, sample: ended.update({(i, j): sample.tokens}),
+    )
+    assert stats["preempted_tokens"] > 0
+    whole = {name: [*itertools.chain(*parts)] for name, parts in told.items()}
+    assert whole == ended
+    assert max(len(part) for parts in told.values() for part in parts) == 8
+    assert [[ended[i, j] for j in range(3)] for i in range(5)] == tokens_of(
+        group.samples for group in groups
+    )
 
 
 def test_one_bucket_is_compiled_once(params):

@@ -155,6 +155,31 @@ def test_every_sample_comes_once_and_is_its_own(workload, ahead):
         assert sorted(replica.rows) == list(range(shape.waiting))
 
 
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(workloads(), st.integers(0, 2), st.integers(0, 1), st.integers(1, 30))
+def test_tokens_are_told_once_and_in_order(workload, ahead, scarce, after):
+    """Also of samples that were sent back and draw again, and of those cut off."""
+    shape, prompts = workload
+    if scarce:
+        shape = dataclasses.replace(shape, pages=shape.slot_pages + 1)
+    told = collections.defaultdict(list)
+    telling = sampler._Telling(lambda i, j, tokens: told[i, j].extend(tokens))
+    plan, ended = Scheduler(shape, prompts, [STOP]), []
+    for result in sampler.run(
+        plan,
+        Machine(shape),
+        lambda: len(ended) >= after,
+        ahead=ahead,
+        on_read=telling,
+    ):
+        ended.append(result.request.name)
+        assert told[result.request.name] == result.tokens
+    for result in plan.unfinished():
+        name = result.request.name
+        # One that was sent back has been told further than it stands.
+        assert told[name][: len(result.tokens)] == result.tokens
+
+
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(workloads(), st.integers(0, 20))
 def test_an_end_before_the_end_loses_nothing(workload, after):
@@ -293,6 +318,18 @@ def test_without_pages_the_youngest_wait_and_the_oldest_go_on():
     assert plan.stats["preempted_samples"] > 0
     assert order[0] == (0, 0)
     assert plan.pages_in_use == [0]
+
+
+def test_a_sample_that_is_sent_back_is_not_told_of_again():
+    shape = small(pages=11, slots=4)
+    prompts = prompts_of([8] * 4, [1] * 4, [30] * 4, 0)
+    want = {(i, 0): whole(p, p.requests[0])[0] for i, p in enumerate(prompts)}
+    told = collections.defaultdict(list)
+    plan = Scheduler(shape, prompts, [STOP])
+    telling = sampler._Telling(lambda i, j, tokens: told[i, j].extend(tokens))
+    list(sampler.run(plan, Machine(shape), on_read=telling))
+    assert plan.stats["preempted_tokens"] > 0
+    assert told == want
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])

@@ -1,8 +1,11 @@
 """Tokenizers of both kinds: lossless, chat template, stops, and what bad files say."""
 
+import io
+import itertools
 import json
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -133,6 +136,111 @@ def test_save_keeps_the_tokenizer(tokenizer, tmp_path):
     saved = tokens.load(tmp_path / "export")
     assert saved.stop_ids == tokenizer.stop_ids
     assert saved.prompt(MESSAGES) == tokenizer.prompt(MESSAGES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("a7 }é▁😀<|\n\ufffd"),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=9),
+)
+def test_a_stream_tells_each_character_once_and_whole(tokenizer, text, sizes):
+    assume("<|" not in text)
+    ids = tokenizer.encode(f"{text}<think>{text}")
+    stream, told, start = tokens.Stream(tokenizer), "", 0
+    for size in itertools.cycle(sizes):
+        told += stream.add(ids[start : start + size])
+        assert tokenizer.decode(ids).startswith(told)
+        start += size
+        if start >= len(ids):
+            break
+    assert told + stream.end() == tokenizer.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 300), max_size=3), max_size=8))
+def test_a_stream_of_any_tokens_is_their_text(tokenizer, parts):
+    stream = tokens.Stream(tokenizer)
+    told = "".join(map(stream.add, parts)) + stream.end()
+    assert told == tokenizer.decode(itertools.chain(*parts))
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """As transformers reads it: from a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer.export(folder)
+    assert tokens.load(folder).path.name == "tokenizer.json"
+    return tokens.load(folder)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text() | st.text("\n\t +=<>|▁😀\0é}7") | st.text("the sumof "))
+@example(text="▁ ▁▁  x▁ user assistants <think></think> \\boxed{ <|im_end|>")
+@example(text=" <0x41> ⁇ <unk> \r\n")
+def test_an_exported_tokenizer_is_the_same(tokenizer, exported, text):
+    ids = tokenizer.encode(text)
+    assert exported.encode(text) == ids
+    assert exported.decode(ids) == tokenizer.decode(ids)
+
+
+def test_an_exported_tokenizer_ends_a_response_alike(tokenizer, exported):
+    assert exported.stop_ids == tokenizer.stop_ids
+    file = exported.path.parent / "generation_config.json"
+    assert json.loads(file.read_text())["eos_token_id"] == list(tokenizer.stop_ids)
+    assert exported.prompt(MESSAGES) == tokenizer.prompt(MESSAGES)
+    assert exported.markers == tokenizer.markers
+    config = json.loads((exported.path.parent / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_export_keeps_what_it_need_not_change(tmp_path):
+    """A base model's generation_config.json may name the end of a text alone."""
+    make_hugging_face(tmp_path / "base")
+    change_config(tmp_path / "base", tokenizer_class="Qwen2Tokenizer")
+    end = tokens.load(tmp_path / "base").encode("<|endoftext|>")
+    config = {"eos_token_id": end[0], "temperature": 0.7}
+    write_json(tmp_path / "base" / "generation_config.json", config)
+    tokens.load(tmp_path / "base").export(tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    stop_ids = list(tokens.load(tmp_path / "base").stop_ids)
+    assert found == {"eos_token_id": stop_ids, "temperature": 0.7}
+    assert len(stop_ids) == 2
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        one, two = ((tmp_path / way / name).read_text() for way in ("base", "out"))
+        assert one == two
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+    ],
+    ids=str,
+)
+def test_a_model_of_another_kind_is_exported_as_it_is(tmp_path, rule):
+    make_sentencepiece(tmp_path)
+    model = io.BytesIO()
+    training = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([CHAIN] * 20),
+        model_writer=model,
+        vocab_size=290,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+        **training | rule,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokens.load(tmp_path).export(tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 @settings(max_examples=100, deadline=None)

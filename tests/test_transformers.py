@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_sampler
+import test_tokens
 
-from klear_jax import hf_weights, qwen3
+from klear_jax import hf_weights, qwen3, sampler, tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -95,3 +97,50 @@ def test_transformers_agrees(tmp_path, name, monkeypatch):
     assert error <= 1e-4
     greedy = got[:, PROMPT - 1 : -1].argmax(-1)
     np.testing.assert_array_equal(greedy, tokens[:, PROMPT:].numpy())
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "characters"])
+def test_an_exported_folder_answers_alike(tmp_path, kind):
+    """From a chat to the text of the answer, ended by the same tokens."""
+    if kind == "hugging face":
+        test_tokens.make_hugging_face(tmp_path / "made")
+        # The fixture's short form of a token, theirs does not know.
+        test_tokens.change_config(tmp_path / "made", eos_token="<|im_end|>")
+    else:
+        test_tokens.make_sentencepiece(tmp_path / "made")
+    ours = tokens.load(tmp_path / "made")
+    ours.export(tmp_path / "out")
+    config = dataclasses.replace(QWEN3, vocab_size=300, tied=False)
+    params = test_sampler.make_params(config)
+    # The end comes now and then; bytes that are no text, of which decoders differ, never.
+    no_text = [
+        i for i in range(ours.vocab_size) if tokens.NO_CHARACTER in ours.decode([i])
+    ]
+    head = params["lm_head"].at[ours.stop_ids[0]].multiply(3)
+    params["lm_head"] = head.at[np.array(no_text)].set(0)
+    hf_weights.save(tmp_path / "out", params, config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    chats = [[{"role": "user", "content": f"{n}+\u00e9 {n}="}] for n in range(20)]
+    found = sampler.generate(
+        params,
+        config,
+        [ours.prompt(chat) for chat in chats],
+        max_new_tokens=NEW,
+        temperature=0.0,
+        stop_ids=ours.stop_ids,
+    )
+    for chat, [sample] in zip(chats, found, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        assert inputs["input_ids"][0].tolist() == ours.prompt(chat)
+        with torch.no_grad():
+            output = theirs.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        assert answer.tolist() == sample.tokens
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        assert text == ours.decode(sample.tokens)
+    assert any(sample.finished for [sample] in found)
