@@ -292,7 +292,7 @@ def _evaluation(
         f"temperature {evaluation['temperature']:g} and top-p {evaluation['top_p']:g}, in up "
         f"to {evaluation['max_new_tokens']:,} tokens.{when}",
         "",
-        *_table(("", "", "95% interval"), rows),
+        *_table(("metric", "value", "95% interval"), rows),
     ]
 
 
