@@ -1,4 +1,4 @@
-"""What a run will need, found out before the chips are rented.
+r"""What a run will need, found out before the chips are rented.
 
     python -m klear_jax.plan --config=configs/gppo_8b.py --topology=v5p:4x4x4 \
         [--num_slices=2] [--json=FILE] [--config.KEY=VALUE ...]
