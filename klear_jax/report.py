@@ -236,7 +236,11 @@ def make_page(workdirs: Sequence[str], steps: Sequence[int] | None) -> str:
             about["samples"].append({"step": step, "blob": f"samples-{len(blobs)}"})
             blobs[f"samples-{len(blobs)}"] = packed(found)
         shown.append(about | {"notes": notes + left_out(run, chosen[number])})
-    data = {"runs": shown, "groups": group_runs([run.config for run in runs])}
+    data = {
+        "runs": shown,
+        "groups": group_runs([run.config for run in runs]),
+        "may_be_null": MAY_BE_NULL,
+    }
     return fill_template(data, blobs)
 
 
@@ -699,6 +703,8 @@ def find_regions(
 ) -> list[str | None]:
     """The clip region of each token, a letter each: low, high, dual, inside; None for
     samples without tokens. One call for all: JAX compiles it for each length."""
+    if not any(map(has_tokens, rows)):
+        return [None] * len(rows)
     lengths = [len(row["tokens"]) if has_tokens(row) else 0 for row in rows]
     log_ratio = [x for row in rows if has_tokens(row) for x in row["log_ratio"]]
     advantage = np.repeat([row["advantage"] or 0.0 for row in rows], lengths)
