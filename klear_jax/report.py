@@ -290,7 +290,7 @@ def about_run(run: Run, name: str, points: int) -> dict[str, Any]:
         "workdir": str(run.workdir),
         "task": run.task,
         "config": run.config,
-        "highlights": [pair for pair in highlights if pair[1] is not None],
+        "highlights": [pair for pair in highlights if pair[1] not in (None, "")],
         "done": steps[-1] + 1,
         "planned": value_at(run.config, "num_steps") or None,
         "limits": {guards.GUARDS[n].metric: x for n, x in limits(run).items()},
@@ -326,19 +326,29 @@ def curves(run: Run) -> dict[str, tuple[list[int], list[float | None]]]:
 def thinned(
     steps: Sequence[int], values: Sequence[float | None], limit: int
 ) -> dict[str, Any]:
-    """A curve as the page reads it; of more than `limit` points the first, the last, and of
-    each stretch the lowest, the highest, and the first that is no number."""
-    keep = range(len(values))
-    if len(values) > limit:
-        x = np.array([math.nan if v is None else v for v in values])
-        found = {0, len(x) - 1}
-        for part in np.array_split(np.arange(len(x)), max(limit // 2 - 1, 1)):
-            numbers, others = part[~np.isnan(x[part])], part[np.isnan(x[part])]
-            if len(numbers):
-                found |= {numbers[x[numbers].argmin()], numbers[x[numbers].argmax()]}
-            found |= set(others[:1])
-        keep = sorted(int(i) for i in found)
-    return {"x": [steps[i] for i in keep], "y": [short(values[i]) for i in keep]}
+    """A curve as the page reads it: `x`, `y`. Of more than `limit` points the first, the last,
+    and of each stretch the lowest, the highest, and the first that is no number; with the
+    `means` of the stretches, a curve of their own."""
+    if len(values) <= limit:
+        return {"x": list(steps), "y": [short(value) for value in values]}
+    y = np.array([math.nan if v is None else v for v in values])
+    keep = {0, len(y) - 1}
+    means: dict[str, list[Any]] = {"x": [], "y": []}
+    for part in np.array_split(np.arange(len(y)), max(limit // 2 - 1, 1)):
+        numbers, others = part[~np.isnan(y[part])], part[np.isnan(y[part])]
+        keep |= set(others[:1].tolist())
+        if len(numbers):
+            keep |= {
+                int(numbers[choose(y[numbers])]) for choose in (np.argmin, np.argmax)
+            }
+            means["x"].append(steps[part[len(part) // 2]])
+            means["y"].append(short(float(y[numbers].mean())))
+    kept = sorted(keep)
+    return {
+        "x": [steps[i] for i in kept],
+        "y": [short(values[i]) for i in kept],
+        "means": means,
+    }
 
 
 def short(value: float | None) -> float | None:

@@ -159,6 +159,10 @@ def test_thinning_keeps_the_ends_the_extremes_and_what_is_no_number():
     for step, value in places.items():
         assert value == report.short(values[step - 5])
     assert report.thinned([1, 2], [0.5, None], 500) == {"x": [1, 2], "y": [0.5, None]}
+    means = found["means"]
+    assert len(means["x"]) == 249 and set(means["x"]) <= set(steps)
+    numbers = [0 if v is None else v for v in values]
+    assert np.mean(means["y"]) == pytest.approx(np.mean(numbers), abs=1e-3)
     nothing = report.thinned(range(900), [None] * 900, 100)
     assert set(nothing["y"]) == {None}
 
