@@ -460,6 +460,23 @@ def test_formulas_are_found_and_broken_ones_stay_text():
     assert typeset.trees[3][1] == {"display": "block"}
 
 
+@pytest.mark.parametrize(
+    "latex",
+    [
+        "1}",
+        "\\frac{1",
+        "\\frac{1}",
+        "\\foo{x}",
+        "x^",
+        "a & b",
+        "x_{" * 50 + "x" + "}" * 50,
+    ],
+)
+def test_broken_formulas_are_none(latex):
+    pytest.importorskip("latex2mathml")
+    assert report.to_mathml(latex, block=False) is None
+
+
 def test_mathml_holds_only_what_is_allowed():
     pytest.importorskip("latex2mathml")
     for latex in (
@@ -561,12 +578,13 @@ def test_bad_flags_are_one_sentence(make, tmp_path):
 
 
 def test_the_command_writes_the_same_file_each_time(make, tmp_path, capsys):
-    run, _ = make(steps={0: [sample(0, THOUGHT)]}), None
+    run = make(steps={0: [sample(0, THOUGHT)]})
     report.main(["report", f"--workdir={run}"])
     once = (report.epath.Path(run) / "report.html").read_bytes()
     report.main(["report", f"--workdir={run}", f"--output={tmp_path / 'x.html'}"])
     assert (tmp_path / "x.html").read_bytes() == once
     assert f"{tmp_path / 'x.html'}: 0.1 MB" in capsys.readouterr().out
+    assert base64.b64decode(report.packed({}))[4:8] == bytes(4)  # gzip's time.
 
 
 # ---- In a browser

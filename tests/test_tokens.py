@@ -108,6 +108,17 @@ def test_what_is_no_text_has_a_name_or_numbers(tokenizer):
     assert not beyond.plain
 
 
+def test_a_piece_keeps_the_space_that_a_text_s_first_token_loses():
+    words = [" a", " b"]
+
+    class Strips:
+        def decode(self, ids):
+            return "".join(words[i] for i in ids).removeprefix(" ")
+
+    pieces = tokens.speller(Strips())([0, 1, 1])
+    assert [piece.text for piece in pieces] == ["a", " b", " b"]
+
+
 def test_special_text_becomes_its_token_and_is_not_decoded(tokenizer):
     ids = tokenizer.encode("<think>7</think>9<|im_end|>")
     assert len(ids) == 5
