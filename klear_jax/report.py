@@ -218,30 +218,37 @@ def make_page(workdirs: Sequence[str], steps: Sequence[int] | None) -> str:
     if len(set(workdirs)) < len(workdirs):
         raise InputError(f"--workdir names a run twice: {','.join(workdirs)}")
     runs = [read_run(workdir) for workdir in workdirs]
-    written = sorted({step for run in runs for step in run.rollouts})
-    for step in steps or ():
-        if step not in written:
-            raise InputError(
-                f"--steps={step}: there are no samples of it in {', '.join(workdirs)}, "
-                f"but of steps {spans(written) or 'none'}"
-            )
-    blobs: dict[str, str] = {}
+    check_steps(steps, runs)
     chosen = [choose_steps(run, steps, len(runs)) for run in runs]
-    tokens_a_step = TOKENS // max(sum(map(len, chosen)), 1)
-    shown = []
-    for number, (name, run) in enumerate(zip(short_names(workdirs), runs, strict=True)):
-        about = about_run(run, name, CURVE_POINTS // len(runs))
+    room = TOKENS // max(sum(map(len, chosen)), 1)
+    shown, blobs = [], {}
+    for name, run, mine in zip(short_names(workdirs), runs, chosen, strict=True):
         notes = list(run.notes)
-        for step, found in read_samples(run, chosen[number], tokens_a_step, notes):
-            about["samples"].append({"step": step, "blob": f"samples-{len(blobs)}"})
+        samples = []
+        for step, found in read_samples(run, mine, room, notes):
+            samples.append({"step": step, "blob": f"samples-{len(blobs)}"})
             blobs[f"samples-{len(blobs)}"] = packed(found)
-        shown.append(about | {"notes": notes + left_out(run, chosen[number])})
+        about = about_run(run, name, min(POINTS, CURVE_POINTS // len(runs)))
+        notes += left_out(run, mine)
+        shown.append(about | {"samples": samples, "notes": notes})
     data = {
         "runs": shown,
         "groups": group_runs([run.config for run in runs]),
         "may_be_null": MAY_BE_NULL,
     }
     return fill_template(data, blobs)
+
+
+def check_steps(steps: Sequence[int] | None, runs: Sequence[Run]) -> None:
+    """Raises InputError for a step of which no run has samples."""
+    written = sorted({step for run in runs for step in run.rollouts})
+    for step in steps or ():
+        if step not in written:
+            there = ", ".join(str(run.workdir) for run in runs)
+            raise InputError(
+                f"--steps={step}: there are no samples of it in {there}, but of steps "
+                f"{spans(written) or 'none'}"
+            )
 
 
 def short_names(workdirs: Sequence[str]) -> list[str]:
@@ -282,7 +289,6 @@ def about_run(run: Run, name: str, points: int) -> dict[str, Any]:
     Args:
         points: of a curve, at most.
     """
-    points = min(points, POINTS)
     steps = [line["step"] for line in run.lines]
     highlights = [(key, value_at(run.config, key)) for key in HIGHLIGHTS]
     return {
@@ -296,9 +302,8 @@ def about_run(run: Run, name: str, points: int) -> dict[str, Any]:
         "limits": {guards.GUARDS[n].metric: x for n, x in limits(run).items()},
         "checks": [dataclasses.asdict(check) for check in checks(run)],
         "series": {key: thinned(*found, points) for key, found in curves(run).items()},
-        "every": len(steps),
+        "lines": len(steps),
         "thinned": len(steps) > points,
-        "samples": [],
     }
 
 
@@ -463,8 +468,10 @@ def not_finite(run: Run) -> list[Check]:
     found = found or [judge("a metric is no number", "", [], newest, advice)]
     saved = sorted(path.name for path in run.workdir.glob("not_finite_step_*.npz"))
     if saved:
+        # A run that has stopped did not write the step's metrics.
+        level = "bad" if int(re.findall(r"\d+", saved[-1])[0]) > newest else "past"
         says = f"the batch is in {saved[0]}"
-        found.append(Check("loss or gradient no number", "loss", "bad", says, advice))
+        found.append(Check("loss or gradient no number", "loss", level, says, advice))
     return found
 
 

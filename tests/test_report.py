@@ -221,6 +221,9 @@ def test_a_mean_of_nothing_is_no_fault_and_a_saved_batch_is(make):
         "bad",
         "the batch is in not_finite_step_000001.npz",
     )
+    lines = [line(step) for step in range(4)]
+    damage(run, "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    assert check_of(run, "loss or gradient no number")["level"] == "past"
 
 
 def test_seeds_are_one_group_and_others_say_what_differs(make):
