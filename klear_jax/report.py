@@ -290,7 +290,8 @@ def about_run(run: Run, name: str, points: int) -> dict[str, Any]:
         points: of a curve, at most.
     """
     steps = [line["step"] for line in run.lines]
-    highlights = [(key, value_at(run.config, key)) for key in HIGHLIGHTS]
+    values = dict(leaves(run.config))
+    highlights = [(key, values.get(key)) for key in HIGHLIGHTS]
     return {
         "name": name,
         "workdir": str(run.workdir),
@@ -298,22 +299,13 @@ def about_run(run: Run, name: str, points: int) -> dict[str, Any]:
         "config": run.config,
         "highlights": [pair for pair in highlights if pair[1] not in (None, "")],
         "done": steps[-1] + 1,
-        "planned": value_at(run.config, "num_steps") or None,
+        "planned": run.config.get("num_steps") or None,
         "limits": {guards.GUARDS[n].metric: x for n, x in limits(run).items()},
         "checks": [dataclasses.asdict(check) for check in checks(run)],
         "series": {key: thinned(*found, points) for key, found in curves(run).items()},
         "lines": len(steps),
         "thinned": len(steps) > points,
     }
-
-
-def value_at(values: Any, key: str) -> Any:
-    """The value of a full key such as 'loss.kind'; None where there is none."""
-    for name in key.split("."):
-        if not isinstance(values, Mapping) or name not in values:
-            return None
-        values = values[name]
-    return values
 
 
 def curves(run: Run) -> dict[str, tuple[list[int], list[float | None]]]:
@@ -477,7 +469,7 @@ def not_finite(run: Run) -> list[Check]:
 
 def limits(run: Run) -> dict[str, float]:
     """The limits of the run's guards, of those that this version knows."""
-    found = value_at(run.config, "guards.limits") or {}
+    found = run.config.get("guards", {}).get("limits", {})
     return {name: limit for name, limit in found.items() if name in guards.GUARDS}
 
 
@@ -504,7 +496,7 @@ def group_runs(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         any two groups differ).
     """
     alike = [
-        {key: value for key, value in one.items() if key not in SEEDS_DIFFER}
+        {key: value for key, value in leaves(one) if key not in SEEDS_DIFFER}
         for one in configs
     ]
     groups: list[list[int]] = []
@@ -522,10 +514,19 @@ def group_runs(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "runs": group,
-            "differs": [[key, value_at(alike[group[0]], key)] for key in sorted(keys)],
+            "differs": [[key, alike[group[0]].get(key)] for key in sorted(keys)],
         }
         for group in groups
     ]
+
+
+def leaves(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """The full keys of a config, such as 'loss.kind', with their values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
 
 
 # ---- Samples
