@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -46,6 +47,7 @@ FORMULAS = 2_000  # Of a step, that are typeset.
 
 SEEDS_DIFFER = ("seed", "workdir", "init_from")  # Runs that differ in these are alike.
 PER_TOKEN = ("tokens", "old_logp", "log_ratio")
+Spell = Callable[[Sequence[int]], list[tokens.Piece]]  # From `tokens.speller`.
 # What a page says of each sample; the rest is made of `MADE_OF`.
 SHOWN = (
     *("prompt_id", "source", "group", "reward", "reward_status", "advantage"),
@@ -221,7 +223,8 @@ def make_page(workdirs: Sequence[str], steps: Sequence[int] | None) -> str:
     check_steps(steps, runs)
     chosen = [choose_steps(run, steps, len(runs)) for run in runs]
     room = TOKENS // max(sum(map(len, chosen)), 1)
-    shown, blobs = [], {}
+    shown: list[dict[str, Any]] = []
+    blobs: dict[str, str] = {}
     for name, run, mine in zip(short_names(workdirs), runs, chosen, strict=True):
         notes = list(run.notes)
         samples = []
@@ -541,16 +544,16 @@ def read_samples(
         room: tokens of a step, at most, unless its first group has more.
         notes: gets sentences on files that were cut off.
     """
-    spell = None
+    speller = functools.cache(
+        lambda: tokens.speller(tokens.load(run.workdir / "model"))
+    )
     for step in steps:
         file = run.rollouts[step]
         found = [summary(row) for row in read_lines(file, check_sample, notes)]
         chosen = choose_groups(found, room)
         numbers = {i for i, one in enumerate(found) if one.group in chosen}
         rows = list(read_lines(file, check_sample, [], numbers.__contains__))
-        if spell is None and any(map(has_tokens, rows)):
-            spell = tokens.speller(tokens.load(run.workdir / "model"))
-        yield step, page_of_step(rows, found, run.config, spell)
+        yield step, page_of_step(rows, found, run.config, speller)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -597,14 +600,21 @@ def page_of_step(
     rows: Sequence[Mapping[str, Any]],
     found: Sequence[Summary],
     values: Mapping[str, Any],
-    spell: Callable[[Sequence[int]], list[tokens.Piece]] | None,
+    speller: Callable[[], Spell],
 ) -> dict[str, Any]:
-    """One step: `samples`, `formulas` (MathML as trees) and what there was in all."""
+    """One step: `samples`, `formulas` (MathML as trees) and what there was in all.
+
+    Args:
+        rows: the chosen samples.
+        found: of all samples.
+        values: the config.
+        speller: reads the tokenizer, which only samples with tokens need.
+    """
     regions = find_regions(rows, values["loss"])
     typeset = Formulas()
     rewards = [one.reward for one in found if one.reward is not None]
     samples = [
-        page_of_sample(row, values, spell, region, typeset)
+        page_of_sample(row, values, speller, region, typeset)
         for row, region in zip(rows, regions, strict=True)
     ]
     return {
@@ -620,7 +630,7 @@ def page_of_step(
 def page_of_sample(
     row: Mapping[str, Any],
     values: Mapping[str, Any],
-    spell: Callable[[Sequence[int]], list[tokens.Piece]] | None,
+    speller: Callable[[], Spell],
     regions: str | None,
     typeset: "Formulas",
 ) -> dict[str, Any]:
@@ -630,7 +640,7 @@ def page_of_sample(
     if regions is None:
         parts, cut = parts_of_text(row["response"])
     else:
-        parts, cut = parts_of_tokens(row, spell, regions)
+        parts, cut = parts_of_tokens(row, speller(), regions)
     for part in parts:
         part["formulas"] = typeset.find(part["text"])
         if "pieces" in part:
@@ -679,7 +689,7 @@ def part(text: str, response: str, before: str) -> dict[str, Any]:
 
 def parts_of_tokens(
     row: Mapping[str, Any],
-    spell: Callable[[Sequence[int]], list[tokens.Piece]],
+    spell: Spell,
     regions: str,
 ) -> tuple[list[dict[str, Any]], str]:
     """A response by its tokens: its parts, and what is left out between them."""
@@ -728,8 +738,8 @@ def find_regions(
     advantage = np.repeat([row["advantage"] or 0.0 for row in rows], lengths)
     names = ("kind", "clip_low", "clip_high", "beta_low", "dual_clip")
     found = losses.clip_regions(
-        np.float32([0.0 if x is None else x for x in log_ratio]),
-        np.float32(advantage),
+        jnp.asarray([0.0 if x is None else x for x in log_ratio], jnp.float32),
+        jnp.asarray(advantage, jnp.float32),
         **{name: loss[name] for name in names},
     )
     letters = np.full(len(log_ratio), "i")
@@ -868,7 +878,7 @@ def fill_template(data: Mapping[str, Any], blobs: Mapping[str, str]) -> str:
     so that nothing else runs, whatever a model wrote."""
     template = (importlib.resources.files("klear_jax") / "report.html").read_text()
     style, script = (
-        re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[0]
         for tag in ("style", "script")
     )
     parts = {
