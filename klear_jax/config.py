@@ -297,13 +297,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], where: str = "config"
 ) -> list[str]:
-    """The keys in which two configs differ, with both values."""
+    """The keys in which two configs differ, with both values, in words."""
+    return [f"{where}.{key} was {a!r}, is {b!r}" for key, a, b in changes(old, new)]
+
+
+def changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], section: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """The keys in which two configs differ, such as 'loss.kind', with both values; None
+    where there is no such key."""
     found = []
     for key in sorted(set(old) | set(new)):
-        name = f"{where}.{key}"
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, name)
+            found += changes(a, b, f"{section}{key}.")
         elif json.dumps(a) != json.dumps(b):
-            found.append(f"{name} was {a!r}, is {b!r}")
+            found.append((f"{section}{key}", a, b))
     return found

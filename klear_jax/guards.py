@@ -21,6 +21,10 @@ class Guard:
     above: bool  # Whether it is too much that is bad, or too little.
     advice: str
 
+    def broken(self, value: float, limit: float) -> bool:
+        """Whether the metric is beyond its limit; nan is not."""
+        return value > limit if self.above else value < limit
+
 
 GUARDS = {
     "logprob_gap": Guard(
@@ -93,7 +97,7 @@ def check(config: GuardConfig, values: Mapping[str, float], step: int) -> None:
     for name, limit in config.limits.items():
         guard = GUARDS[name]
         value = values.get(guard.metric, math.nan)
-        if not (value > limit if guard.above else value < limit):
+        if not guard.broken(value, limit):
             continue
         sentence = (
             f"step {step}: {guard.metric} is {value:.4g}, "

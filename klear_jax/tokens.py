@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -37,8 +37,14 @@ FILES = (
 EXCERPT = 200  # Characters of messages in an error.
 # sentencepiece writes a space as this character, so it cannot tell the two apart.
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
-# What stands in a text for bytes that are no character.
-NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # What bytes that are no text decode to.
+# How byte-level vocabularies (GPT-2's and after) write bytes: what is printable in Latin-1 as
+# itself, the others from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(_OTHERS)
+}
 QWEN3_CHAT = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -73,6 +79,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids without the special tokens; ids outside the vocabulary are skipped."""
         return self._vocabulary.decode([int(i) for i in ids])
+
+    def name_of(self, i: int) -> str:
+        """What the vocabulary calls a token: of a special one its text, of others a spelling
+        of its own."""
+        return self._vocabulary.name_of(i)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
@@ -254,6 +265,57 @@ class Stream:
         return self._tokenizer.decode(self._told + self._untold)[len(before) :]
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one token shows of a text; some tokens together, where they share a character."""
+
+    text: str
+    count: int  # Of tokens.
+    plain: bool  # False: no text, but the name of a special token, or bytes such as <0xE2>.
+
+
+def speller(tokenizer: Tokenizer) -> Callable[[Sequence[int]], list[Piece]]:
+    """A function from ids to their pieces. The plain ones make up what `decode` says of the
+    ids, where that is whole characters."""
+
+    @functools.cache
+    def text_of(before: tuple[int, ...], ids: tuple[int, ...]) -> str:
+        # A first token may lose its space, so there is another before it.
+        whole, known = tokenizer.decode(before + ids), tokenizer.decode(before)
+        return whole.removeprefix(known)
+
+    def spell(ids: Sequence[int]) -> list[Piece]:
+        ids = tuple(ids)
+        pieces, before, start = [], (), 0
+        while start < len(ids):
+            # A character has at most four bytes, and a token at least one.
+            for end in range(start + 1, min(start + 4, len(ids)) + 1):
+                text = text_of(before, ids[start:end])
+                if NO_CHARACTER not in text:
+                    break
+            else:
+                text, end = "", start + 1
+            if text:
+                pieces.append(Piece(text, end - start, True))
+                before = ids[start:end]
+            else:
+                pieces.append(Piece(_stand_in(tokenizer, ids[start]), 1, False))
+                end = start + 1
+            start = end
+        return pieces
+
+    return spell
+
+
+def _stand_in(tokenizer: Tokenizer, i: int) -> str:
+    """The name of a special token; of bytes their numbers, as sentencepiece names them."""
+    name = tokenizer.name_of(i)
+    special = not tokenizer.decode([i])
+    if special or name.startswith("<0x") or not set(name) <= set(BYTES):
+        return name
+    return "".join(f"<0x{BYTES[c]:02X}>" for c in name)
+
+
 def train_sentencepiece(
     texts: Iterable[str],
     folder: epath.PathLike,
@@ -340,6 +402,9 @@ class _HuggingFace:
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def name_of(self, i: int) -> str:
+        return self._tokenizer.id_to_token(i) or f"<{i}>"
+
     def encode(self, text: str) -> list[int]:
         what = f"a text of {len(text)} characters, {text[:EXCERPT]!r}"
         with _refusal(f"the tokenizer fails on {what}"):  # Such as millions of spaces.
@@ -373,6 +438,9 @@ class _SentencePiece:
     def id_of(self, token: str) -> int | None:
         i = self._model.piece_to_id(token)
         return None if i == self._model.unk_id() else i
+
+    def name_of(self, i: int) -> str:
+        return self._model.id_to_piece(i) if 0 <= i < self.size else f"<{i}>"
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

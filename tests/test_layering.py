@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "klear_jax"
 ORDER = """
     errors hosts preemption config losses advantages tokens rewards metrics progress guards optim sharding attention
     qwen3 logprobs kv_cache sampling scheduler decoding sampler roofline speed steps hf_weights checkpoint
-    data rollout batch estimates answers evaluate sft gppo aot train plan prepare_data export generate
+    data rollout batch estimates answers evaluate sft gppo aot train plan prepare_data export generate report
 """.split()
 
 # What is imported (or said) only there.

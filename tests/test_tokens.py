@@ -85,6 +85,43 @@ def test_lossless(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text() | st.text("\n\t +=<>▁😀\0é}7中"))
+@example(text=" <0x41> x")
+def test_pieces_make_up_the_text(tokenizer, text):
+    assume("<|" not in text and tokens.NO_CHARACTER not in text)
+    ids = tokenizer.encode(text)
+    pieces = tokens.speller(tokenizer)(ids)
+    assert "".join(piece.text for piece in pieces) == text
+    assert all(piece.plain for piece in pieces)
+    assert sum(piece.count for piece in pieces) == len(ids)
+
+
+def test_what_is_no_text_has_a_name_or_numbers(tokenizer):
+    spell = tokens.speller(tokenizer)
+    stop = tokenizer.stop_ids[0]
+    smile = tokenizer.encode("😀")
+    assert spell([stop]) == [tokens.Piece("<|im_end|>", 1, False)]
+    assert spell([*smile[:2], stop]) == [
+        tokens.Piece("<0xF0>", 1, False),
+        tokens.Piece("<0x9F>", 1, False),
+        tokens.Piece("<|im_end|>", 1, False),
+    ]
+    (beyond,) = spell([tokenizer.vocab_size + 5])
+    assert not beyond.plain
+
+
+def test_a_piece_keeps_the_space_that_a_text_s_first_token_loses():
+    words = [" a", " b"]
+
+    class Strips:
+        def decode(self, ids):
+            return "".join(words[i] for i in ids).removeprefix(" ")
+
+    pieces = tokens.speller(Strips())([0, 1, 1])
+    assert [piece.text for piece in pieces] == ["a", " b", " b"]
+
+
 def test_special_text_becomes_its_token_and_is_not_decoded(tokenizer):
     ids = tokenizer.encode("<think>7</think>9<|im_end|>")
     assert len(ids) == 5
