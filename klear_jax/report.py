@@ -29,6 +29,7 @@ from xml.etree import ElementTree
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from latex2mathml import converter
 
 from klear_jax import config, guards, losses, tokens
 from klear_jax.errors import InputError
@@ -793,7 +794,7 @@ class Formulas:
 
     def __init__(self):
         self.trees: list[Any] = []
-        self.note = "" if _converter() else NO_LATEX2MATHML
+        self.note = ""
         self._known: dict[str, int | None] = {}
 
     def find(self, text: str) -> list[list[int]]:
@@ -801,7 +802,7 @@ class Formulas:
         UTF-16 units, as JavaScript counts."""
         found = []
         wide = [i for i, c in enumerate(text) if c > "\uffff"]  # Two units each.
-        for match in FORMULA.finditer(text) if _converter() else ():
+        for match in FORMULA.finditer(text):
             index = self._index(match)
             if index is not None:
                 places = [i + bisect.bisect_left(wide, i) for i in match.span()]
@@ -821,25 +822,12 @@ class Formulas:
         return self._known.get(source)
 
 
-NO_LATEX2MATHML = "formulas are not typeset: pip install 'klear_jax[report]' does it"
-
-
-@functools.cache
-def _converter() -> Any:
-    """latex2mathml, an extra; None if it is not installed."""
-    try:
-        from latex2mathml import converter
-    except ImportError:
-        return None
-    return converter
-
-
 def to_mathml(latex: str, *, block: bool) -> list[Any] | None:
     """[tag, attributes, text or children...] of a formula; None if it is broken."""
     display = "block" if block else "inline"
     try:
         check_braces(latex)
-        return _tree(_converter().convert_to_element(latex, display=display))
+        return _tree(converter.convert_to_element(latex, display=display))
     except Exception:  # A model writes anything; what cannot be read stays as it is.
         return None
 

@@ -441,7 +441,6 @@ def test_a_long_response_is_cut_in_the_middle(make, tokenizer, monkeypatch):
 
 
 def test_formulas_are_found_and_broken_ones_stay_text():
-    pytest.importorskip("latex2mathml")
     typeset = report.Formulas()
     text = "😀 $x^2$, \\(y\\) and \\boxed{\\frac{1}{2}}; $5 and $6, $\\frac{1$, $$\\sum_{i} i$$ $x^2$"
     found = typeset.find(text)
@@ -476,12 +475,10 @@ def test_formulas_are_found_and_broken_ones_stay_text():
     ],
 )
 def test_broken_formulas_are_none(latex):
-    pytest.importorskip("latex2mathml")
     assert report.to_mathml(latex, block=False) is None
 
 
 def test_mathml_holds_only_what_is_allowed():
-    pytest.importorskip("latex2mathml")
     for latex in (
         "\\href{javascript:alert(1)}{x}",
         "\\text{</math><script>}",
@@ -495,13 +492,6 @@ def test_mathml_holds_only_what_is_allowed():
             tag, attributes, *children = stack.pop()
             assert tag in report.TAGS and set(attributes) <= report.ATTRIBUTES
             stack += [child for child in children if isinstance(child, list)]
-
-
-def test_without_latex2mathml_the_page_says_so(make, monkeypatch):
-    monkeypatch.setattr(report, "_converter", lambda: None)
-    _, found = read(report.make_page([make(steps={0: [sample(0, THOUGHT)]})], None))
-    assert found[0]["math"] == report.NO_LATEX2MATHML
-    assert found[0]["samples"][0]["parts"][0]["formulas"] == []
 
 
 # ---- Input
