@@ -373,7 +373,6 @@ class Check:
     """
 
     name: str
-    metric: str
     level: str
     says: str
     advice: str
@@ -405,11 +404,11 @@ def check_limit(run: Run, name: str, limit: float) -> Check:
     word = "above" if guard.above else "below"
     title = f"{guard.metric} {word} {limit:g}"
     if not seen:
-        return Check(title, guard.metric, "unknown", "not measured", "")
+        return Check(title, "unknown", "not measured", "")
     step, worst = (max if guard.above else min)(seen, key=lambda pair: pair[1])
     says = f"{'highest' if guard.above else 'lowest'} {worst:.3g}, step {step}"
     broken = [step for step, value in seen if guard.broken(value, limit)]
-    return judge(title, guard.metric, broken, seen[-1][0], guard.advice, says)
+    return judge(title, broken, seen[-1][0], guard.advice, says)
 
 
 def check_count(run: Run, metric: str, advice: str) -> Check:
@@ -422,30 +421,25 @@ def check_count(run: Run, metric: str, advice: str) -> Check:
             for (step, value), last in zip(values.items(), before, strict=False)
         }
     broken = [step for step, value in values.items() if value]
-    return judge(f"{metric} above 0", metric, broken, max(values), advice)
+    return judge(f"{metric} above 0", broken, max(values), advice)
 
 
 def check_updates(run: Run) -> Check:
     """Steps without a single update: no group taught anything."""
     broken = [line["step"] for line in run.lines if line.get("updates") == 0]
     advice = guards.GUARDS["equal_rewards"].advice
-    return judge("no update", "updates", broken, run.lines[-1]["step"], advice)
+    return judge("no update", broken, run.lines[-1]["step"], advice)
 
 
 def judge(
-    name: str,
-    metric: str,
-    broken: Sequence[int],
-    newest: int,
-    advice: str,
-    worst: str = "",
+    name: str, broken: Sequence[int], newest: int, advice: str, worst: str = ""
 ) -> Check:
     """The check that these steps have broken; `worst` says how far it went."""
     if not broken:
-        return Check(name, metric, "good", worst or "never", "")
+        return Check(name, "good", worst or "never", "")
     steps = f"{'step' if len(broken) == 1 else 'steps'} {spans(broken)}"
     level = "bad" if broken[-1] == newest else "past"
-    return Check(name, metric, level, "; ".join(filter(None, (steps, worst))), advice)
+    return Check(name, level, "; ".join(filter(None, (steps, worst))), advice)
 
 
 def not_finite(run: Run) -> list[Check]:
@@ -458,16 +452,15 @@ def not_finite(run: Run) -> list[Check]:
                 steps.setdefault(name, []).append(line["step"])
     newest = run.lines[-1]["step"]
     found = [
-        judge(f"{name} is no number", name, at, newest, advice)
-        for name, at in steps.items()
+        judge(f"{name} is no number", at, newest, advice) for name, at in steps.items()
     ]
-    found = found or [judge("a metric is no number", "", [], newest, advice)]
+    found = found or [judge("a metric is no number", [], newest, advice)]
     saved = sorted(path.name for path in run.workdir.glob("not_finite_step_*.npz"))
     if saved:
         # A run that has stopped did not write the step's metrics.
         level = "bad" if int(re.findall(r"\d+", saved[-1])[0]) > newest else "past"
         says = f"the batch is in {saved[0]}"
-        found.append(Check("loss or gradient no number", "loss", level, says, advice))
+        found.append(Check("loss or gradient no number", level, says, advice))
     return found
 
 
