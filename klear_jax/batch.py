@@ -407,14 +407,16 @@ def sample_rows(
     """The samples as they are written to rollouts/: one dict each.
 
     A sample that was not trained on has the advantage null; `rows` are those of the
-    others, from `make_rows`, with old_logp and log_ratio. Those of the first `token_groups`
-    groups among them have their tokens, too. Groups that wait for the next step are written
-    then.
+    others, from `make_rows`, with old_logp and log_ratio. Those of `token_groups` groups among
+    them have their tokens, too: from the first to the last, evenly, for in the first
+    mini-batch nothing was learnt yet. Groups that wait for the next step are written then.
     """
     first_B = rows["mask"].argmax(axis=1)  # A row's advantage stands on its response.
     advantage_B = rows["advantage"][np.arange(len(chosen)), first_B]
     advantage = dict(zip(chosen.tolist(), advantage_B.tolist(), strict=True))
-    with_tokens = set(list(dict.fromkeys(rollout.group_B[chosen]))[:token_groups])
+    used = list(dict.fromkeys(rollout.group_B[chosen].tolist()))
+    places = np.linspace(0, len(used) - 1, min(token_groups, len(used)))
+    with_tokens = {used[round(place)] for place in places}
     of_tokens = {
         int(b): _token_columns({name: x_BT[row] for name, x_BT in rows.items()})
         for row, b in enumerate(chosen)

@@ -330,7 +330,12 @@ def test_so_many_groups_are_written_token_by_token():
     chosen = np.array([6, 7, 8, 3, 4, 9, 10, 11])  # Of groups 2, 1 and 3.
     rows = batch.make_rows(got, chosen, CONFIG)
     rows["old_logp"], rows["log_ratio"] = rows["mask"] * -1.5, rows["mask"] * np.nan
-    for count, want in ((0, set()), (2, {6, 7, 8, 3, 4}), (9, set(chosen.tolist()))):
+    for count, want in (
+        (0, set()),
+        (1, {6, 7, 8}),
+        (2, {6, 7, 8, 9, 10, 11}),
+        (9, set(chosen.tolist())),
+    ):
         written = batch.sample_rows(got, chosen, rows, {}, token_groups=count)
         assert {b for b, row in enumerate(written) if "tokens" in row} == want
         for b in want:
