@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on a laptop, in minutes: data, SFT, GPPO, evaluation, export.
+# The whole way on a laptop, in minutes: data, SFT, GPPO, evaluation, report, export.
 #
 #   bash launch/local.sh [SEED]
 #
@@ -29,6 +29,7 @@ evaluate sft configs/sft_tiny.py --model="$runs/sft"
 python -m klear_jax.train --config=configs/gppo_tiny.py --workdir="$runs/gppo" \
   --config.seed="$seed" --config.init_from="$runs/sft"
 evaluate gppo configs/gppo_tiny.py --model="$runs/gppo"
+python -m klear_jax.report --workdir="$runs/gppo"
 [ -e "$runs/export/config.json" ] ||
   python -m klear_jax.export --workdir="$runs/gppo" --output="$runs/export"
 
@@ -36,4 +37,5 @@ python launch/local_table.py "$runs"
 echo "
 metrics    $runs/gppo/metrics.jsonl, and tensorboard --logdir $runs
 samples    $runs/gppo/rollouts/
+report     $runs/gppo/report.html
 model      $runs/export (Hugging Face folder)"
