@@ -144,8 +144,10 @@ def gppo_loss() -> ml_collections.ConfigDict:
     c.clip_high = 0.28  # [P] [R] epsilon_h: and at 1.28.
     # What is kept of the gradient beyond each bound; (0.25, 1) is CE-GPPO.
     c.beta_low, c.beta_high = 1.0, 1.0  # [P] Eq. 11; Eq. 17 names them.
-    # No gradient where A < 0 and the ratio is above; a float from 1, or None: off, as [P].
+    # The most a ratio counts where A < 0; a float from 1, or None: off, as [P].
     c.dual_clip = ml_collections.FieldReference(10.0)  # [R] Metrics count such tokens.
+    # What is kept of the gradient beyond it: 0 none, 1 that at the bound, as GPPO elsewhere.
+    c.beta_dual = 0.0  # [R]
     # 'token_mean' is over the whole mini-batch, where Eq. 11 averages per prompt, as does
     # 'group_mean_token_mean', and [R] per micro-batch. Others: 'seq_mean_token_mean', close
     # to what [R] does in effect, 'seq_mean_token_sum', 'seq_mean_token_sum_norm'.

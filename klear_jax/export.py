@@ -220,7 +220,7 @@ def clip_in_words(loss: Mapping[str, Any]) -> str:
         return what
     return (
         f"{what} Where the advantage is negative, a ratio counts {loss['dual_clip']:g} at "
-        "most, without a gradient beyond."
+        f"most, with {loss['beta_dual']:g} times its gradient beyond."
     )
 
 

@@ -63,6 +63,7 @@ class LossConfig:
     beta_low: float
     beta_high: float
     dual_clip: float | None
+    beta_dual: float
     aggregation: losses.Aggregation
     positive_coef: float
     old_logp: str  # Whose log-probs of the sampled tokens are the old ones: `OLD_LOGP`.
@@ -86,11 +87,13 @@ class LossConfig:
             raise InputError(
                 f"loss.dual_clip must be None or at least 1, not {self.dual_clip}"
             )
-        if not (self.beta_low >= 0 and self.beta_high >= 0):
-            raise InputError(
-                "loss.beta_low and loss.beta_high must not be negative: "
-                f"{self.beta_low}, {self.beta_high}"
-            )
+        for name in ("beta_low", "beta_high", "beta_dual"):
+            if not getattr(self, name) >= 0:
+                raise InputError(
+                    f"loss.{name} must not be negative: {getattr(self, name)}"
+                )
+        if self.beta_dual and self.dual_clip is None:
+            raise InputError("loss.beta_dual is of loss.dual_clip, which is None")
         if self.old_logp not in OLD_LOGP:
             raise InputError(
                 f"loss.old_logp must be one of {OLD_LOGP}, not {self.old_logp!r}"
@@ -103,7 +106,7 @@ class LossConfig:
 
     def clip(self) -> dict[str, Any]:
         """The keyword arguments of `losses.policy_loss`."""
-        names = ("kind", "clip_low", "clip_high", "beta_low", "beta_high", "dual_clip")
+        names = "kind clip_low clip_high beta_low beta_high dual_clip beta_dual".split()
         return {name: getattr(self, name) for name in names}
 
 

@@ -172,6 +172,7 @@ def policy_loss(
     beta_low: float = 1.0,
     beta_high: float = 1.0,
     dual_clip: float | None = None,
+    beta_dual: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The clipped policy loss, every variant, from one table of value and slope.
 
@@ -181,7 +182,7 @@ def policy_loss(
       region                      clip_higher  gppo            gppo_only_high  cispo
       low   A < 0, r < 1 - el     (1-el, 0)    b1 (1-el) both  (1-el, 0)       (1-el) logp, 1-el
       high  A > 0, r > 1 + eh     (1+eh, 0)    b2 (1+eh) both  (1+eh) both     (1+eh) logp, 1+eh
-      dual  A < 0, F > c          (c, 0)       (c, 0)          (c, 0)          no dual clip
+      dual  A < 0, F > c          (c, bd c)    (c, bd c)       (c, bd c)       no dual clip
       inside  all else            (r, r)       (r, r)          (r, r)          r logp, r
 
     CISPO's low and high hold for both signs of A. Regions are chosen by the log-ratio
@@ -198,7 +199,9 @@ def policy_loss(
         clip_low, clip_high: epsilon_l and epsilon_h; ratios beyond 1 - el, 1 + eh clip.
         beta_low, beta_high: what 'gppo' keeps beyond each bound: (1, 1) is GPPO,
             (0.25, 1) CE-GPPO. The other kinds do not read them.
-        dual_clip: c, the most a ratio counts for A < 0, with no gradient beyond; None: off.
+        dual_clip: c, the most a ratio counts for A < 0; None: off.
+        beta_dual: bd, what is kept of the gradient beyond c: 0 as the authors' code, or 1,
+            as GPPO does at its bounds.
 
     Returns:
         The loss [], and additive float32 metrics []: `tokens` and, with suffix _low,
@@ -251,7 +254,7 @@ def policy_loss(
     for region_BT, value, slope in (
         (is_low_BT, value_low, slope_low),
         (is_high_BT, value_high, slope_high),
-        (is_dual_BT, dual_clip or 0.0, 0.0),
+        (is_dual_BT, dual_clip or 0.0, beta_dual * (dual_clip or 0.0)),
     ):
         value_BT = jnp.where(region_BT, value, value_BT)
         slope_BT = jnp.where(region_BT, slope, slope_BT)

@@ -573,7 +573,11 @@ GPPO_REFUSED = [
     ),
     ({"loss.kind": "cispo"}, "loss.dual_clip must be None for 'cispo'"),
     ({"loss.dual_clip": 0.5}, "loss.dual_clip must be None or at least 1, not 0.5"),
-    ({"loss.beta_low": -1.0}, "loss.beta_low and loss.beta_high must not be negative"),
+    (
+        {"loss.dual_clip": None, "loss.beta_dual": 1.0},
+        "loss.beta_dual is of loss.dual_clip, which is None",
+    ),
+    ({"loss.beta_low": -1.0}, "loss.beta_low must not be negative: -1.0"),
     ({"loss.old_logp": "both"}, "loss.old_logp must be one of"),
     ({"optim.peak_lr": -1e-6}, "optim.peak_lr must be positive, not -1e-06"),
     ({"optim.peak_lr": float("nan")}, "optim.peak_lr must be positive, not nan"),

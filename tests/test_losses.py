@@ -325,17 +325,21 @@ def test_table_of_cispo(wrap, dual_clip):
 
 
 @pytest.mark.parametrize(
-    "ratio, beta_low, dual_clip, value, slope, region",
+    "ratio, beta_low, dual_clip, beta_dual, value, slope, region",
     [
-        (20.0, 1.0, None, 20.0, 20.0, None),  # Nothing bounds A < 0.
-        (20.0, 1.0, 10.0, 10.0, 0.0, "dual"),
-        (0.50, 20., None, 16.0, 16.0, "low"),
-        (0.50, 20., 10.0, 10.0, 0.0, "dual"),  # It also caps beta_low (1 - clip_low).
-        (0.50, 10., 10.0, 8.00, 8.00, "low"),
+        (20.0, 1.0, None, 0.0, 20.0, 20.0, None),  # Nothing bounds A < 0.
+        (20.0, 1.0, 10.0, 0.0, 10.0, 0.0, "dual"),
+        (20.0, 1.0, 10.0, 1.0, 10.0, 10.0, "dual"),  # The gradient is kept.
+        (1e30, 1.0, 10.0, 0.5, 10.0, 5.0, "dual"),
+        (9.00, 1.0, 10.0, 0.5, 9.00, 9.00, None),
+        (0.50, 20., None, 0.0, 16.0, 16.0, "low"),
+        (0.50, 20., 10.0, 0.0, 10.0, 0.0, "dual"),  # It also caps beta_low (1 - clip_low).
+        (0.50, 10., 10.0, 0.0, 8.00, 8.00, "low"),
     ],
 )  # fmt: skip
-def test_dual_clip(ratio, beta_low, dual_clip, value, slope, region):
+def test_dual_clip(ratio, beta_low, dual_clip, beta_dual, value, slope, region):
     x, config = math.log(ratio), {"beta_low": beta_low, "dual_clip": dual_clip}
+    config["beta_dual"] = beta_dual
     got = token_losses([x], [0.0], [-2.0], **config)
     np.testing.assert_allclose(np.ravel(got), [2 * value, 2 * slope], rtol=1e-6)
     one_token = (jnp.full((1, 1), a) for a in (x, 0.0, -2.0, 1.0))

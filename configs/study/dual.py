@@ -1,0 +1,25 @@
+"""The bound of ratios where the advantage is negative: none, 10 (the authors' recipe), 3, and 3 with
+its gradient kept, as GPPO keeps it at the other bounds, which nobody seems to have tried."""
+
+from configs.study import setting
+
+DUALS = {
+    "dual 10": {},
+    "no dual clip": {"loss.dual_clip": None},
+    "dual 3": {"loss.dual_clip": 3.0},
+    "dual 3, gradient kept": {"loss.dual_clip": 3.0, "loss.beta_dual": 1.0},
+}
+
+
+def get_study() -> setting.Study:
+    return setting.Study(
+        name="dual",
+        question="Does a bound for A < 0 help, and does keeping its gradient?",
+        variants={
+            name: values
+            | {"optim.peak_lr": setting.HIGH_LR, "optim.end_lr": setting.HIGH_LR}
+            for name, values in DUALS.items()
+        },
+        seeds=16,
+        paper="the paper does not mention it; the released recipe has 10",
+    )

@@ -1,0 +1,68 @@
+"""What all studies run: gppo_tiny with fewer prompts and more updates, so that the clip bites.
+
+`python -m tests.bench.study` runs them; README.md has what they showed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from configs import gppo_tiny, sft_tiny
+
+SFT_SEEDS = (0, 1, 2, 3)  # Of the checkpoints that all variants start from.
+EXPLORING_SFT_SEEDS = (100, 101)  # Of those on which this setting was chosen.
+EXPLORING_SEEDS = range(1_000, 1_016)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Variants that differ in a few values, each run on the same seeds.
+
+    Attributes:
+      name: of its results.
+      question: what it asks, in a sentence.
+      variants: name -> the config's values; the first is the baseline.
+      seeds: runs of each variant; run i starts from SFT checkpoint i % 4, with seed i.
+      paper: what the paper has beside it.
+    """
+
+    name: str
+    question: str
+    variants: Mapping[str, Mapping[str, Any]]
+    seeds: int
+    paper: str
+
+
+def get_sft_config(seed: int) -> ml_collections.ConfigDict:
+    """As sft_tiny, half of whose demonstrations answer at once: right half of the time in the
+    mean, and almost always one of eight times."""
+    c = sft_tiny.get_config()
+    c.seed = seed
+    c.workdir = f"runs/study/sft_{seed}"
+    return c
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = gppo_tiny.get_config()
+    c.rollout.prompts = 32
+    c.rollout.max_groups = 32
+    c.rollout.token_groups = 0
+    c.minibatch_prompts = 4  # 8 updates a rollout batch, as in the paper.
+    c.micro_rows = 32
+    c.num_steps = 24
+    c.optim.warmup_steps = 2
+    c.optim.peak_lr = c.optim.end_lr = SAFE_LR
+    c.sampler.num_slots = 256
+    c.evaluation.num_problems = 256
+    c.evaluation.num_samples = 8
+    c.evaluation.every = 8  # Steps.
+    c.rewards.num_workers = 1
+    c.checkpoint.every = 1_000  # The end alone.
+    c.guards.limits = ml_collections.ConfigDict()  # What they watch is what is studied.
+    return c
+
+
+SAFE_LR = 2e-4
+HIGH_LR = 5e-4

@@ -1,0 +1,183 @@
+"""Runs a study of configs/study: every variant on every seed, two runs at a time.
+
+    python -m tests.bench.study --study=clip [--workers=2] [--variants=A,B] [--seeds=0,1]
+    python -m tests.bench.study --study=clip --check=VARIANT,SEED   # the same bits again
+
+A run that is recorded in configs/study/results/STUDY.jsonl is not done again; each is written
+there as it ends: metrics of every step, and of the evaluations. A worker has a core to itself,
+and keeps its programs from run to run. SFT checkpoints lie in runs/study, made when they are
+missing.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from configs.study import setting
+
+RESULTS = pathlib.Path("configs/study/results")
+RUNS = pathlib.Path("runs/study")
+KEPT = """
+    reward/correct reward/mean entropy grad_norm grad_norm_max kl_old ratio/max ratio/min
+    clip/low clip/high clip/dual clip_movable/low clip_movable/high clip_movable/dual
+    clip/movable_tokens grad_mass/low grad_mass/high grad_mass/dual samples/length
+    samples/truncated samples/groups_used logprob_gap/mean updates eval/avg@8 eval/greedy
+    eval/pass@8 eval/length
+""".split()
+RUNS_A_WORKER = 16  # Then a fresh process: compiled programs pile up.
+
+
+def begin_worker(core: int) -> None:
+    """Before JAX is imported: on how many threads a product is computed shows in its bits."""
+    os.sched_setaffinity(0, {core})
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    cache = pathlib.Path("~/.cache/klear_jax").expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+def begin_one_of(cores) -> None:
+    begin_worker(cores.get())
+
+
+def config_of(study: setting.Study, variant: str, seed: int):
+    c = setting.get_config()
+    c.update_from_flattened_dict(study.variants[variant])
+    c.seed = seed
+    c.init_from = str(RUNS / f"sft_{sft_seed(seed)}")
+    return c
+
+
+def sft_seed(seed: int) -> int:
+    """Of the checkpoint that a run of this seed begins with."""
+    seeds = setting.SFT_SEEDS
+    if seed in setting.EXPLORING_SEEDS:
+        seeds = setting.EXPLORING_SFT_SEEDS
+    return seeds[seed % len(seeds)]
+
+
+def run(study: setting.Study, variant: str, seed: int) -> dict:
+    """One run, in this process: what is recorded of it."""
+    from klear_jax import config, train
+
+    config.trim_after_compilations()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as workdir:
+        c = config_of(study, variant, seed)
+        c.workdir = workdir
+        task, parsed = train.parse(c.to_dict())
+        train.TASKS[task][1](parsed)
+        text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    metrics = {
+        name: [round_(line.get(name)) for line in lines]
+        for name in KEPT
+        if any(name in line for line in lines)
+    }
+    return {
+        "variant": variant,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 1),
+        "metrics": metrics,
+    }
+
+
+def round_(value: float | None) -> float | None:
+    return value if value is None else float(f"{value:.6g}")
+
+
+def make_sft(seeds) -> None:
+    """The checkpoints that are missing, and the data."""
+    if not pathlib.Path("runs/data/arithmetic").exists():
+        command("klear_jax.prepare_data", "--output=runs/data")
+    for seed in sorted(seeds):
+        workdir = RUNS / f"sft_{seed}"
+        if not (workdir / "done").exists():
+            shutil.rmtree(workdir, ignore_errors=True)
+            c = "configs/sft_tiny.py"
+            flags = (f"--workdir={workdir}", f"--config.seed={seed}")
+            command("klear_jax.train", f"--config={c}", *flags)
+            (workdir / "done").touch()
+
+
+def command(module: str, *flags: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *flags], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--variants", help="names with ; between")
+    parser.add_argument("--seeds", help="numbers with commas")
+    parser.add_argument("--check", help="VARIANT;SEED: is it the same again?")
+    flags = parser.parse_args()
+    study = importlib.import_module(f"configs.study.{flags.study}").get_study()
+    file = RESULTS / f"{study.name}.jsonl"
+    known = read(file)
+    if flags.check:
+        variant, seed = flags.check.split(";")
+        begin_worker(min(os.sched_getaffinity(0)))
+        again, before = run(study, variant, int(seed)), known[variant, int(seed)]
+        print("the same" if again["metrics"] == before["metrics"] else "ANOTHER")
+        return
+    variants = flags.variants.split(";") if flags.variants else list(study.variants)
+    seeds = map(int, flags.seeds.split(",")) if flags.seeds else range(study.seeds)
+    cells = [
+        (variant, seed)
+        for seed, variant in itertools.product(seeds, variants)
+        if (variant, seed) not in known
+    ]
+    make_sft({sft_seed(seed) for _, seed in cells})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    for core in itertools.islice(itertools.cycle(os.sched_getaffinity(0)), 64):
+        cores.put(core)
+    with (
+        file.open("a") as out,
+        concurrent.futures.ProcessPoolExecutor(
+            flags.workers,
+            spawn,
+            begin_one_of,
+            (cores,),
+            max_tasks_per_child=RUNS_A_WORKER,
+        ) as pool,
+    ):
+        waiting = [pool.submit(run, study, *cell) for cell in cells]
+        for n, done in enumerate(concurrent.futures.as_completed(waiting), 1):
+            row = done.result()
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+            found = row["metrics"]["eval/avg@8"][-1]
+            print(
+                f"{n} of {len(cells)}: {row['variant']}, seed {row['seed']}: "
+                f"{found:.3f} in {row['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def read(file: pathlib.Path) -> dict[tuple[str, int], dict]:
+    """The recorded runs, by variant and seed; a line that a kill cut off is cut away."""
+    if not file.exists():
+        return {}
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole)
+    rows = map(json.loads, whole.splitlines())
+    return {(row["variant"], row["seed"]): row for row in rows}
+
+
+if __name__ == "__main__":
+    main()
