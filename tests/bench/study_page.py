@@ -1,0 +1,218 @@
+"""The page of the studies, configs/study/README.md, with its figures, from the recorded runs.
+
+    python -m tests.bench.study_page
+
+Between `<!-- NAME -->` and `<!-- end -->` of the page stand the table and the figure of the study
+NAME; what is around them is written by hand, and stays.
+"""
+
+import importlib
+import pathlib
+import re
+
+import numpy as np
+
+from configs.study import setting
+from tests.bench import study
+
+PAGE = pathlib.Path("configs/study/README.md")
+MEASURE = "eval/avg@8"
+BOOTSTRAP = 10_000
+COLORS = "#0969da #cf222e #8250df #1a7f37 #bf8700 #6e7781 #d4a72c #0a3069 #a40e26 #512a97".split()
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name in re.findall(r"<!-- (\w+) -->", text):
+        if name == "end":
+            continue
+        one = importlib.import_module(f"configs.study.{name}").get_study()
+        runs = study.read(study.RESULTS / f"{one.name}.jsonl")
+        if not runs:
+            continue
+        (study.RESULTS / f"{one.name}.svg").write_text(figure(one, runs))
+        part = f"{table(one, runs)}\n\n![{one.question}](results/{one.name}.svg)"
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda found, part=part: f"{found[1]}{part}\n{found[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    PAGE.write_text(text)
+
+
+def of_variant(runs: dict, variant: str) -> dict[int, dict]:
+    """The metrics of its runs, by seed."""
+    return {
+        seed: run["metrics"] for (v, seed), run in sorted(runs.items()) if v == variant
+    }
+
+
+def starts(runs: dict) -> dict[int, float]:
+    """The accuracy of each SFT checkpoint: of the samples that all runs from it draw first."""
+    first: dict[int, list[float]] = {}
+    for (_, seed), run in runs.items():
+        found = first.setdefault(study.sft_seed(seed), [])
+        found.append(run["metrics"]["reward/correct"][0])
+    return {checkpoint: float(np.mean(values)) for checkpoint, values in first.items()}
+
+
+def table(one: setting.Study, runs: dict) -> str:
+    """A line a variant: how good, how sure, how much better than the first, how it went."""
+    head = (
+        "",
+        "runs",
+        "avg@8 at the end",
+        "sd",
+        f"less {next(iter(one.variants))}, paired",
+        "collapsed",
+        "entropy",
+        "largest gradient, ratio (median)",
+        "clipped low, high",
+        "gradient mass low, high",
+    )
+    begun, base = starts(runs), of_variant(runs, next(iter(one.variants)))
+    lines = [head, ("---",) * len(head)]
+    for variant in one.variants:
+        mine = of_variant(runs, variant)
+        if mine:
+            lines.append(row(variant, mine, base, begun))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def row(variant: str, mine: dict, base: dict, begun: dict[int, float]) -> tuple:
+    ends = {seed: metrics[MEASURE][-1] for seed, metrics in mine.items()}
+    both = sorted(ends.keys() & base.keys())
+    pairs = np.array([ends[seed] - base[seed][MEASURE][-1] for seed in both])
+    collapsed = sum(end < begun[study.sft_seed(seed)] for seed, end in ends.items())
+    less = "" if mine is base or not pairs.any() else interval(pairs)
+    return (
+        variant,
+        len(mine),
+        interval(np.array(list(ends.values())), signed=False),
+        f"{100 * np.std(list(ends.values()), ddof=1):.1f}" if len(mine) > 1 else "",
+        less,
+        collapsed,
+        f"{median(mine, 'entropy', lambda x: x[-1]):.3f}",
+        f"{median(mine, 'grad_norm_max', max):.1f}, {median(mine, 'ratio/max', max):.1f}",
+        shares(mine, "clip_movable"),
+        shares(mine, "grad_mass"),
+    )
+
+
+def interval(values: np.ndarray, *, signed: bool = True) -> str:
+    """The mean in percent, with its 95% bootstrap interval over runs."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (BOOTSTRAP, len(values))).mean(axis=1)
+    sign = "+" if signed else ""
+    low, high = np.percentile(100 * means, [2.5, 97.5])
+    return f"{100 * values.mean():{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def median(mine: dict, name: str, over_steps) -> float:
+    """Over the runs, of a number each; what is no number counts as infinite."""
+    found = []
+    for metrics in mine.values():
+        values = [np.inf if x is None else x for x in metrics[name]]
+        found.append(over_steps(values))
+    return float(np.median(found))
+
+
+def shares(mine: dict, name: str) -> str:
+    """Low and high, mean over steps and runs."""
+    found = [
+        np.nanmean(
+            [
+                np.nanmean([np.nan if x is None else x for x in m[f"{name}/{side}"]])
+                for m in mine.values()
+            ]
+        )
+        for side in ("low", "high")
+    ]
+    return ", ".join(f"{100 * x:.1f}%" for x in found)
+
+
+# ---- The figure: accuracy of the samples over training, a panel for each learning rate.
+
+WIDTH, HEIGHT, LEFT, TOP = 380, 240, 46, 40
+STYLE = """
+text { font: 12px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
+.head { font-weight: 600 }
+.soft { fill: #6e7781 }
+.page { fill: #ffffff }
+path { fill: none; stroke-width: 2; stroke-linejoin: round }
+.axis { stroke: #8c959f; stroke-width: 1 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 } .soft { fill: #9198a1 } .page { fill: #0d1117 }
+}
+"""
+
+
+def figure(one: setting.Study, runs: dict) -> str:
+    """Mean accuracy of a step's samples over the runs of each variant, with the quarter of the
+    runs above and below."""
+    panels: dict[str, list[str]] = {}
+    for variant in one.variants:
+        panels.setdefault(variant.partition(", ")[2] or one.name, []).append(variant)
+    width = len(panels) * (WIDTH + LEFT + 20)
+    rows = max(map(len, panels.values()))
+    height = TOP + HEIGHT + 34 + 18 * rows
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}">',
+        f"<style>{STYLE}</style>",
+        f'<rect class="page" width="{width}" height="{height}"/>',
+    ]
+    for n, (title, variants) in enumerate(panels.items()):
+        left = LEFT + n * (WIDTH + LEFT + 20)
+        parts += panel(left, title, variants, runs)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def panel(left: float, title: str, variants: list[str], runs: dict) -> list[str]:
+    curves = {
+        variant: np.array(
+            [m["reward/correct"] for m in of_variant(runs, variant).values()], float
+        )
+        for variant in variants
+    }
+    curves = {variant: found for variant, found in curves.items() if len(found)}
+    steps = max(found.shape[1] for found in curves.values())
+
+    def place(step: float, value: float) -> str:
+        x = left + WIDTH * step / max(steps - 1, 1)
+        return f"{x:.1f} {TOP + HEIGHT * (1 - value):.1f}"
+
+    parts = [f'<text x="{left}" y="{TOP - 14}" class="head">{title}</text>']
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        y = TOP + HEIGHT * (1 - tick)
+        parts.append(f'<path class="axis" opacity=".3" d="M{left} {y:.1f}h{WIDTH}"/>')
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 4:.1f}" class="soft" text-anchor="end">'
+            f"{100 * tick:.0f}%</text>"
+        )
+    for n, (variant, found) in enumerate(curves.items()):
+        color = COLORS[n % len(COLORS)]
+        low, high = np.nanpercentile(found, [25, 75], axis=0)
+        band = [place(t, x) for t, x in enumerate(low)]
+        band += [place(t, x) for t, x in reversed(list(enumerate(high)))]
+        middle = [place(t, x) for t, x in enumerate(np.nanmean(found, axis=0))]
+        parts.append(
+            f'<path d="M{"L".join(band)}Z" style="fill: {color}; opacity: .12"/>'
+        )
+        parts.append(f'<path d="M{"L".join(middle)}" stroke="{color}"/>')
+        y = TOP + HEIGHT + 38 + 18 * n
+        parts.append(f'<path d="M{left} {y - 4}h22" stroke="{color}"/>')
+        parts.append(
+            f'<text x="{left + 30}" y="{y}">{variant.partition(", ")[0]}</text>'
+        )
+    parts.append(
+        f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 18}" class="soft" '
+        f'text-anchor="middle">{steps} rollout batches; mean, and the middle half of the '
+        "runs</text>"
+    )
+    return parts
+
+
+if __name__ == "__main__":
+    main()

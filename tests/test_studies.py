@@ -1,0 +1,81 @@
+"""The studies: every variant is a config, and the page's numbers are those of its runs."""
+
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs.study import setting
+from klear_jax import train
+from tests.bench import study, study_page
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "study"
+NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - {"setting"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_is_a_config_of_its_own(name):
+    one = importlib.import_module(f"configs.study.{name}").get_study()
+    assert one.name == name and one.seeds >= 16
+    found = []
+    for variant in one.variants:
+        task, parsed = train.parse(study.config_of(one, variant, seed=5).to_dict())
+        assert task == "gppo"
+        assert parsed.seed == 5 and parsed.init_from == "runs/study/sft_1"
+        assert parsed not in found, variant
+        found.append(parsed)
+
+
+def test_what_the_setting_was_chosen_on_is_not_compared():
+    assert not set(setting.SFT_SEEDS) & set(setting.EXPLORING_SFT_SEEDS)
+    seeds = {study.sft_seed(seed) for seed in setting.EXPLORING_SEEDS}
+    assert seeds == set(setting.EXPLORING_SFT_SEEDS)
+    assert {study.sft_seed(seed) for seed in range(32)} == set(setting.SFT_SEEDS)
+
+
+def made_up(end, first=0.5, ratio=1.5):
+    return {
+        "metrics": {
+            "reward/correct": [first, 0.7],
+            "eval/avg@8": [None, end],
+            "entropy": [0.3, 0.1],
+            "grad_norm_max": [1.0, 2.0],
+            "ratio/max": [ratio, None],
+            **{
+                f"{name}/{side}": [0.1, 0.3 if side == "low" else 0.1]
+                for name in ("clip_movable", "grad_mass")
+                for side in ("low", "high")
+            },
+        }
+    }
+
+
+def test_a_table_by_hand():
+    one = setting.Study("x", "?", {"a": {}, "b": {}}, seeds=2, paper="")
+    runs = {
+        ("a", 0): made_up(0.8),
+        ("a", 1): made_up(0.6),
+        ("b", 0): made_up(0.9),
+        ("b", 1): made_up(0.4),  # It began with 0.5.
+    }
+    *_, a, b = study_page.table(one, runs).splitlines()
+    assert a.startswith(
+        "| a | 2 | 70.0 (60.0 to 80.0) | 14.1 |  | 0 | 0.100 | 2.0, inf |"
+    )
+    assert a.endswith("| 20.0%, 10.0% | 20.0%, 10.0% |")
+    assert b.startswith(
+        "| b | 2 | 65.0 (40.0 to 90.0) | 35.4 | -5.0 (-20.0 to +10.0) | 1 |"
+    )
+    assert "<svg" in study_page.figure(one, runs)
+
+
+def test_a_line_that_was_cut_off_is_not_a_run(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"variant": "a", "seed": 0}\n{"variant": "b", "se')
+    assert list(study.read(file)) == [("a", 0)]
+    assert file.read_text() == '{"variant": "a", "seed": 0}\n'
+    assert study.read(tmp_path / "none") == {}
+    assert (
+        np.isclose(study.round_(0.123456789), 0.123457) and study.round_(None) is None
+    )
