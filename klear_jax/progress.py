@@ -25,7 +25,7 @@ class Progress:
     """The steps of a run: a context manager whose `steps` are walked through.
 
     On a terminal there is a bar with the time left and what is under way; in a log, a line of
-    the same every LINE_S. Of several processes, the first shows it.
+    the same every LINE_S, and at the end. Of several processes, the first shows it.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class Progress:
 
     def __exit__(self, *exc_info: object) -> None:
         self._trace.close()
+        if hosts.first() and not self._terminal:
+            self._show()
         self._bar.close()
 
     def steps(self) -> Iterator[int]:
