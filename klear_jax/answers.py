@@ -40,6 +40,7 @@ class Answers:
           InputError: there are others.
         """
         self.path = epath.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._made_with = made_with
         self._parts = self.path.with_name(f"{self.path.name}.parts")
         self._rows: list[Row] = []  # Not written yet.

@@ -6,18 +6,21 @@ randomness is a function of the seed and the step. It can be read on another mes
 another number of processes.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
 import math
+import pathlib
 import platform
 import re
 import time
 import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -120,8 +123,28 @@ def open_workdir(config: Any, tokenizer: tokens.Tokenizer) -> None:
         if changed:
             raise InputError(
                 f"{workdir} belongs to a run with another config ({'; '.join(changed)}); "
-                "give the same config to resume it, or another workdir"
+                "give the same config to resume it, or another workdir; "
+                f"with config.init_from={workdir} it begins with these weights"
             )
+
+
+@contextlib.contextmanager
+def only_run(workdir: str | epath.Path) -> Iterator[None]:
+    """Holds the workdir: two runs would write over each other's files. Of the processes of one
+    run, the first does; what is no disk, or one that knows no locks, is not held."""
+    if not hosts.first() or "://" in str(workdir):
+        yield
+        return
+    with (pathlib.Path(workdir) / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{workdir} is in use: another process is training there"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 class Checkpoints:

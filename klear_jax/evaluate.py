@@ -5,17 +5,18 @@
 evaluates the newest checkpoint of the workdir (or --model=FOLDER, a Hugging Face folder or
 another workdir; or, with neither, what the config starts from) as the config's section
 `evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and
-writes it to --output, by default evaluation.json in the workdir, with tables beside it
+writes it to --output, by default evaluation.json in the workdir, or evaluation_MODEL.json
+here, with tables beside it
 (.md), and all answers (.samples.jsonl, or --samples=FILE): prompt, response, answer, reward,
 correct. `prepare_data` reads these: for the pass rate of each prompt, or to learn from.
 The same command goes on where it was cut off.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -421,17 +422,18 @@ def main(argv: list[str]) -> None:
     c = config.build(
         CommandConfig, {name: values[name] for name in names & set(values)}
     )
-    output = flags.output or (
-        flags.workdir and str(epath.Path(flags.workdir) / "evaluation.json")
-    )
-    if output and not output.endswith(".json"):
+    path = flags.model or flags.workdir or c.init_from
+    output = flags.output or f"evaluation_{epath.Path(path).name or 'random'}.json"
+    if flags.workdir and not flags.output:
+        output = str(epath.Path(flags.workdir) / "evaluation.json")
+    if not output.endswith(".json"):
         raise InputError(f"--output={output} must end in .json")
     with preemption.watch(GRACE_S), routing.make_pool(c.rewards) as pool:
-        run(c, flags.model or flags.workdir or c.init_from, output, flags.samples, pool)
+        run(c, path, output, flags.samples, pool)
 
 
 def run(
-    c: CommandConfig, path: str, output: str | None, samples: str | None, pool: Pool
+    c: CommandConfig, path: str, output: str, samples: str | None, pool: Pool
 ) -> None:
     """Evaluates the model at `path`, or a random one for '', and says and writes what it
     found."""
@@ -441,30 +443,27 @@ def run(
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
     problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
     made_with = fingerprint(c, path, tokenizer)
-    samples = samples or (
-        output and f"{output.removesuffix('.json')}_{made_with}.samples.jsonl"
-    )
-    answers = Answers(samples, made_with) if samples else None
+    samples = samples or f"{output.removesuffix('.json')}_{made_with}.samples.jsonl"
+    answers = Answers(samples, made_with)
     rows = draw_all(c, path, problems, tokenizer, pool, answers)
     if not hosts.first():
         return
     votes = count_votes(rows, pool, c.evaluation.rewards(c.rewards))
     result = results(rows, votes)
     print(json.dumps({k: v for k, v in result.items() if k != "per_problem"}, indent=2))
-    if output:
-        about = {
-            "model": path,
-            "steps_done": run_of["steps_done"],
-            "evaluation": dataclasses.asdict(c.evaluation),
-            "samples": samples,
-            "made_with": made_with,
-        }
-        text = json.dumps(result | about, indent=2) + "\n"
-        epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(output).write_text(text)
-        table = epath.Path(output).with_suffix(".md")
-        table.write_text(f"# {path}\n\n{markdown(result)}")
-        print(f"written to {output}, {table} and {samples}", file=sys.stderr)
+    about = {
+        "model": path,
+        "steps_done": run_of["steps_done"],
+        "evaluation": dataclasses.asdict(c.evaluation),
+        "samples": samples,
+        "made_with": made_with,
+    }
+    text = json.dumps(result | about, indent=2) + "\n"
+    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(output).write_text(text)
+    table = epath.Path(output).with_suffix(".md")
+    table.write_text(f"# {path or 'A random model'}\n\n{markdown(result)}")
+    print(f"written to {output}, {table} and {samples}", file=sys.stderr)
 
 
 def fingerprint(c: CommandConfig, path: str, tokenizer: tokens.Tokenizer) -> str:
@@ -485,10 +484,10 @@ def draw_all(
     problems: Mapping[str, Sequence[Any]],
     tokenizer: tokens.Tokenizer,
     pool: Pool,
-    answers: Answers | None,
+    answers: Answers,
 ) -> list[Row]:
     """All answers that the config asks for, drawn, or found among `answers`."""
-    found = answers.found if answers else {}
+    found = answers.found
     wanted = [
         (one, greedy, j)
         for greedy, num in (
@@ -499,22 +498,24 @@ def draw_all(
         for j in range(num)
     ]
     if all(key in found for key in wanted):
-        return [found[key] for key in wanted]
+        rows = [found[key] for key in wanted]
+        if not answers.path.exists():  # All were there when it was cut off.
+            answers.finish(rows)
+        return rows
     layout = Layout(make_mesh(c.mesh), c.mesh.rules)
     sampler.check_engine(c.sampler, layout, c.evaluation.row_tokens)
     params, model = load(c, path, layout)
     num_done = sum(key in found for key in wanted)
     with (
-        answers or contextlib.nullcontext(),
+        answers,
         progress.Progress("evaluation", num_done, len(wanted), unit="sample") as shown,
     ):
 
         def add(row: Row) -> None:
             shown.advance()
-            if answers:
-                answers.add(row)
+            answers.add(row)
 
-        rows: list[Row] = []
+        rows = []
         for sampling in c.evaluation.samplings():
             rows += draw(
                 params,
@@ -532,8 +533,7 @@ def draw_all(
                 found=found,
                 add=add,
             )
-        if answers:
-            answers.finish(rows)
+        answers.finish(rows)
     return rows
 
 
@@ -545,6 +545,13 @@ def load(
         params = qwen3.init_params(c.model, jax.random.key(c.seed))
         return put(params, qwen3.params_shardings(c.model, layout)), c.model
     params, model = checkpoint.load_model(path, layout)
+    if c.evaluation.row_tokens > model.max_positions and not c.model.yarn:
+        logging.getLogger(__name__).warning(
+            "evaluation.max_prompt_tokens and max_new_tokens are %d together, but the model "
+            "is made for %d positions",
+            c.evaluation.row_tokens,
+            model.max_positions,
+        )
     if c.model.yarn:  # It reaches further than it was trained.
         model = dataclasses.replace(
             model, yarn=c.model.yarn, max_positions=c.model.max_positions

@@ -298,6 +298,7 @@ def train(
     """The loop."""
     layout, tokenizer = inputs.layout, inputs.tokenizer
     with (
+        checkpoint.only_run(config.workdir),
         checkpoint.Checkpoints(
             config.workdir, config.checkpoint, config
         ) as checkpoints,

@@ -125,7 +125,9 @@ def exit_code(error: BaseException) -> int:
 MEANINGS = {
     "No space left on device": "a disk is full; with room on it, the same command goes on",
     "Disk quota exceeded": "a disk quota is used up; with more, the same command goes on",
-    "Read-only file system": "a disk cannot be written to any more",
+    "Read-only file system": "a disk cannot be written to",
+    "Permission denied": "this user may not read or write there",
+    "Not a directory": "a file stands where a folder is needed",
     "ut of memory": "out of memory; python -m klear_jax.plan shows what a config needs, and "
     "micro_rows, sampler.num_slots, sampler.pool_tokens and remat change it",
     # Of what processes exchange on CPU; between other devices the heartbeat tells it.

@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     if not slices.isdecimal() or int(slices) < 1:
         raise InputError(f"--num_slices={slices} must be a number from 1")
     task, c = parse(flags.config.to_dict())
+    if flags.json:  # Not after minutes of compiling.
+        epath.Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
     # Programs for chips that are not there cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
     devices = find_devices(flags.topology, int(slices))

@@ -2,6 +2,7 @@
 goes; and a profile of given steps."""
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ class Progress:
             disable=not (hosts.first() and self._terminal),
             dynamic_ncols=True,
         )
-        self._start = self._shown = time.monotonic()
+        self._start, self._shown = time.monotonic(), -math.inf
         self._lap = time.perf_counter()
         self._done, self._result, self._doing = first, "", ""
         self._seconds: dict[str, float] = {}

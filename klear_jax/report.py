@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
     workdirs = flags.workdir.split(",")
     page = make_page(workdirs, parse_steps(flags.steps))
     output = epath.Path(flags.output or epath.Path(workdirs[0]) / "report.html")
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(page.encode())
     print(f"{output}: {len(page) / 1e6:.1f} MB")
 
@@ -130,8 +131,13 @@ def read_run(workdir: str) -> Run:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / 'config.json'} is damaged: {error}") from None
     file = folder / "metrics.jsonl"
+    if not file.exists():
+        raise InputError(
+            f"{folder} holds no run, or none that has finished a step: there is no "
+            "metrics.jsonl"
+        )
     notes: list[str] = []
-    lines = list(read_lines(file, check_metrics, notes)) if file.exists() else []
+    lines = list(read_lines(file, check_metrics, notes))
     if not lines:
         raise InputError(
             f"{file} holds no step: the run has not finished its first one"

@@ -6,6 +6,7 @@ Shape letters: B samples of a step.
 import base64
 import dataclasses
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -518,13 +519,24 @@ def waiting(
 
 
 def check_rewards(rollout: Rollout) -> None:
-    """Raises an InputError if the reward has failed on every sample, by no fault of theirs."""
+    """Warns of samples on which the reward has failed, by no fault of theirs; an InputError if
+    these are all."""
     failed = [outcome for outcome in rollout.outcomes if outcome.status == "error"]
-    if failed and len(failed) == len(rollout.outcomes):
+    if not failed:
+        return
+    lines = [line.strip() for line in failed[0].detail.strip().splitlines()]
+    where = [line for line in lines if line.startswith("File ")][-1:]
+    said = f"on the first with: {' '.join([*where, lines[-1]])}"
+    if len(failed) == len(rollout.outcomes):
         raise InputError(
-            f"the reward failed on all {len(failed)} samples of a step, on the first with: "
-            f"{failed[0].detail.strip()}"
+            f"the reward failed on all {len(failed)} samples of a step, {said}"
         )
+    logging.getLogger(__name__).warning(
+        "the reward failed on %d of %d samples of a step, %s; they are left out",
+        len(failed),
+        len(rollout.outcomes),
+        said,
+    )
 
 
 def cut(

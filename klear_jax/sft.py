@@ -268,6 +268,7 @@ def train(config: SftConfig, inputs: Inputs, pool: Pool, trace: progress.Trace) 
     layout, data = inputs.layout, inputs.data
     num_micro = config.batch_rows // config.micro_rows
     with (
+        checkpoint.only_run(config.workdir),
         checkpoint.Checkpoints(
             config.workdir, config.checkpoint, config
         ) as checkpoints,

@@ -12,6 +12,11 @@ setup .
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 seed=${1:-0}
+case $seed in *[!0-9]*)
+  echo "usage: bash launch/local.sh [SEED], a number" >&2
+  exit 2
+  ;;
+esac
 runs=runs/local_$seed
 data=runs/data
 

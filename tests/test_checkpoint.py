@@ -64,6 +64,16 @@ def numbers(folder):
     return sorted(int(path.name) for path in folder.iterdir())
 
 
+def test_a_workdir_is_of_one_run_at_a_time(tmp_path):
+    with (
+        opened(tmp_path),
+        pytest.raises(InputError, match="is in use: another process"),
+    ):
+        opened(tmp_path)
+    with opened(tmp_path):
+        pass
+
+
 def test_the_newest_are_kept_and_say_where_they_come_from(tmp_path):
     saved(tmp_path, 1, 2, 3)
     assert numbers(tmp_path / "checkpoints") == [2, 3]

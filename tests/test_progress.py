@@ -35,8 +35,9 @@ def test_a_log_has_a_line_a_minute(monkeypatch, capsys):
                 shown.tell(half)
             if step == 37:
                 break
-    lines = capsys.readouterr().err.splitlines()
-    # 10 s a step: the 60th second is that of the sixth step's end. And one at the end.
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.startswith("GPPO: 20 of 60, ? left,")
+    # A minute later, 10 s a step, it is at the end of the sixth. And one at the end.
     assert len(lines) == 18 * 10 // 60 + 1
     assert re.fullmatch(
         r"GPPO: 25 of 60, 07:00 left, .*step.*, correct 0.51 \| waiting: 2 rewards to come",

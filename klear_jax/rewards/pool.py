@@ -69,7 +69,10 @@ def find_reward(kind: str) -> str:
     except ModuleNotFoundError:  # Of the package that it lies in.
         found = None
     if found is None:
-        raise InputError(f"there is no module {module} for the reward {kind!r}")
+        raise InputError(
+            f"there is no module {module} for the reward {kind!r}, neither in this folder nor "
+            "in PYTHONPATH"
+        )
     return target
 
 
