@@ -65,12 +65,10 @@ def numbers(folder):
 
 
 def test_a_workdir_is_of_one_run_at_a_time(tmp_path):
-    with (
-        opened(tmp_path),
-        pytest.raises(InputError, match="is in use: another process"),
-    ):
-        opened(tmp_path)
-    with opened(tmp_path):
+    in_use = pytest.raises(InputError, match="is in use: another process is training")
+    with checkpoint.only_run(tmp_path), in_use, checkpoint.only_run(tmp_path):
+        pass
+    with checkpoint.only_run(tmp_path), checkpoint.only_run("gs://bucket/run"):
         pass
 
 

@@ -109,7 +109,7 @@ def can_mount():
         ),
         (
             "mount --bind $dir $dir && mount -o remount,bind,ro $dir",
-            "error: a disk cannot be written to any more",
+            "error: a disk cannot be written to",
         ),
         ("mv $dir/run $dir/elsewhere", "somebody has moved or deleted the workdir"),
     ],
