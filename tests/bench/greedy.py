@@ -54,7 +54,7 @@ def theirs(model: str, samples: pathlib.Path, tokens: int) -> None:
         )
         with torch.inference_mode():
             out = net.generate(**inputs, do_sample=False, max_new_tokens=tokens)
-        ends = set(_list(net.generation_config.eos_token_id))
+        ends = {*_list(net.generation_config.eos_token_id), tokenizer.eos_token_id}
         for i, ids in zip(some, out[:, inputs["input_ids"].shape[1] :], strict=True):
             ids = ids.tolist()
             end = next((n for n, one in enumerate(ids) if one in ends), None)
