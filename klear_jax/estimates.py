@@ -3,6 +3,7 @@
 Shape letters: P problems, N samples of each.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 BOOTSTRAP = 10_000  # Resamples of the problems for an interval.
-SUBSETS = 200  # Of the samples of a problem, for a vote among fewer than all.
+SUBSETS = (
+    200  # Of the samples of a problem, where there are more than one could go through.
+)
 
 
 def pass_at_k(correct_PN: np.ndarray, k: int) -> np.ndarray:
@@ -29,7 +32,7 @@ def maj_at_k(
     """The chance that the commonest answer among k of a problem's samples is right, [P].
 
     Right samples are of one answer; where answers are equally common, one of them is drawn.
-    Exact for all samples, and the mean over SUBSETS random subsets for fewer.
+    The mean over all subsets of k, or over SUBSETS random ones where there are more.
 
     Args:
         votes_PN: a number for each answer, 0 for a sample without one, which has no vote.
@@ -46,8 +49,8 @@ def maj_at_k(
             object,
         )
         subsets = (
-            [range(n)]
-            if k == n
+            list(itertools.combinations(range(n), k))
+            if math.comb(n, k) <= SUBSETS
             else [rng.choice(n, k, replace=False) for _ in range(SUBSETS)]
         )
         chances.append(np.mean([_wins(ballot[list(subset)]) for subset in subsets]))

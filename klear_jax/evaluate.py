@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,11 @@ class EvaluationConfig:
                 "evaluation asks for nothing: num_samples is 0 and greedy is False"
             )
         self.sampling()
+        if self.num_samples and self.temperature == 0:
+            raise InputError(
+                "evaluation.temperature is 0, so all samples would be the same: set "
+                "evaluation.num_samples to 0 and evaluation.greedy to True"
+            )
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -152,7 +158,8 @@ def load_problems(
         InputError: what cannot be read or scored, and a window without problems.
     """
     examples, names = [], []
-    for path in config.data.split(","):
+    paths = config.data.split(",")
+    for path, name in zip(paths, data_names(paths), strict=True):
         found = [
             one for one in read_examples(path, config.split) if _in_window(one, config)
         ]
@@ -162,8 +169,8 @@ def load_problems(
             )
         found = found[: config.num_problems or None]
         examples += found
-        names += [data_name(path)] * len(found)
-    if "," in config.data:  # Each file counts its own from 0.
+        names += [name] * len(found)
+    if len(paths) > 1:  # Each file counts its own from 0.
         examples = [
             dataclasses.replace(one, prompt_id=i) for i, one in enumerate(examples)
         ]
@@ -187,11 +194,12 @@ def _in_window(example: Example, config: EvaluationConfig) -> bool:
     return config.since <= example.date <= (config.until or example.date)
 
 
-def data_name(path: str) -> str:
-    """What a data set is called in results: its file's name up to the first dot; its folder's,
-    without the version."""
-    path = epath.Path(path)
-    return (path.parent if path.is_dir() else path).name.split(".")[0]
+def data_names(paths: Sequence[str]) -> list[str]:
+    """What data sets are called in results: a file by its name up to the first dot, a folder by
+    its own, without the version; by their whole paths where two were called the same."""
+    folders = [epath.Path(path) for path in paths]
+    names = [(f.parent if f.is_dir() else f).name.split(".")[0] for f in folders]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
 def draw(
@@ -200,84 +208,115 @@ def draw(
     problems: Mapping[str, Sequence[Any]],
     tokenizer: tokens.Tokenizer,
     pool: Pool,
-    rewards: RewardConfig,
-    config: EvaluationConfig,
-    sampling: Sampling,
-    *,
-    engine: sampler.Engine,
-    dtype: jnp.dtype,
+    c: Any,
     layout: Layout | None,
     tell: rollout.Tell,
-    found: Mapping[Key, Row],
-    add: Callable[[Row], None] | None,
+    *,
+    found: Mapping[Key, Row] = types.MappingProxyType({}),
+    add: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Samples and scores: one answer for greedy sampling, else num_samples, a problem.
+    """Samples and scores all that an evaluation asks for: num_samples answers a problem, then
+    greedy ones.
 
     Args:
-        rewards: of the evaluation.
+        c: of a loop or of the command: its `evaluation`, `rewards`, `sampler` and `dtype`.
+        tell: see `rollout.collect`.
         found: answers that need not be drawn again.
         add: is called with the others that this process scores, as they come.
 
     Returns:
         All answers, problem by problem, on all processes.
     """
-    greedy = sampling.temperature == 0
-    num_samples = 1 if greedy else config.num_samples
-    groups = rollout.open_groups(
-        problems,
-        rewards,
-        num_samples=num_samples,
-        max_new_tokens=config.max_new_tokens,
-        key=jax.random.key(config.seed),
-        seed=f"evaluation/{config.seed}",
-    )
-    ids = problems["prompt_ids"]
-    rows = [[found.get((one, greedy, j)) for j in range(num_samples)] for one in ids]
-    groups = [_without(*pair) for pair in zip(groups, rows, strict=True)]
+    rows: list[Row] = []
+    rewards = c.evaluation.rewards(c.rewards)
+    for sampling in c.evaluation.samplings():
+        questions = Questions(problems, tokenizer, rewards, c.evaluation, sampling)
+        groups, known = questions.open(found)
+        done, _, _ = rollout.collect(
+            params,
+            model,
+            groups,
+            tokenizer,
+            pool,
+            rewards,
+            sampling=sampling,
+            engine=c.sampler,
+            slot_tokens=c.evaluation.row_tokens,
+            stop_strings=c.evaluation.stop_strings,
+            tell=tell,
+            on_scored=questions.on_scored(add),
+            dtype=jnp.dtype(c.dtype),
+            layout=layout,
+        )
+        rows += [
+            known[i][j]
+            or questions.row_of(i, j, open_.group.samples[j], open_.outcomes[j])
+            for i, open_ in enumerate(done)
+            for j in range(len(open_.outcomes))
+        ]
+    return rows
 
-    def row_of(i: int, j: int, sample: sampler.Sample, outcome: Outcome | None) -> Row:
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Problems that are asked in one way: sampled, or greedily."""
+
+    problems: Mapping[str, Sequence[Any]]
+    tokenizer: tokens.Tokenizer
+    rewards: RewardConfig
+    config: EvaluationConfig
+    sampling: Sampling
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
+    def open(
+        self, found: Mapping[Key, Row]
+    ) -> tuple[list[rollout.OpenGroup], list[list[Row | None]]]:
+        """A group a problem, in which nothing is drawn or scored that is found; and the rows
+        that are, None where there is none."""
+        num_samples = 1 if self.greedy else self.config.num_samples
+        groups = rollout.open_groups(
+            self.problems,
+            self.rewards,
+            num_samples=num_samples,
+            max_new_tokens=self.config.max_new_tokens,
+            key=jax.random.key(self.config.seed),
+            seed=f"evaluation/{self.config.seed}",
+        )
+        rows = [
+            [found.get((one, self.greedy, j)) for j in range(num_samples)]
+            for one in self.problems["prompt_ids"]
+        ]
+        return [_without(*pair) for pair in zip(groups, rows, strict=True)], rows
+
+    def on_scored(self, add: Callable[[Row], None] | None) -> rollout.OnScored | None:
+        """What hands the rows on, as rewards come."""
+        if add is None:
+            return None
+        return lambda i, j, sample, outcome: add(self.row_of(i, j, sample, outcome))
+
+    def row_of(
+        self, i: int, j: int, sample: sampler.Sample, outcome: Outcome | None
+    ) -> Row:
+        """What is kept of sample j of problem i."""
         assert outcome is not None  # It is complete.
         return {
-            "prompt_id": ids[i],
-            "greedy": greedy,
+            "prompt_id": self.problems["prompt_ids"][i],
+            "greedy": self.greedy,
             "sample": j,
-            "data": problems["data"][i],
-            "prompt": problems["messages"][i],
-            "response": tokenizer.decode(sample.tokens),
-            "answer": problems["answers"][i],
-            "data_source": problems["sources"][i],
+            "data": self.problems["data"][i],
+            "prompt": self.problems["messages"][i],
+            "response": self.tokenizer.decode(sample.tokens),
+            "answer": self.problems["answers"][i],
+            "data_source": self.problems["sources"][i],
             "reward": finite(outcome.score),
             "reward_status": outcome.status,
-            "correct": outcome.score == rewards.full_credit,
+            "correct": outcome.score == self.rewards.full_credit,
             "finished": sample.finished,
             "num_tokens": len(sample.tokens),
         }
-
-    def on_scored(i: int, j: int, sample: sampler.Sample, outcome: Outcome) -> None:
-        if add is not None:
-            add(row_of(i, j, sample, outcome))
-
-    done, _, _ = rollout.collect(
-        params,
-        model,
-        groups,
-        tokenizer,
-        pool,
-        rewards,
-        sampling=sampling,
-        engine=engine,
-        slot_tokens=config.row_tokens,
-        stop_strings=config.stop_strings,
-        tell=tell,
-        on_scored=on_scored,
-        dtype=dtype,
-        layout=layout,
-    )
-    return [
-        rows[i][j] or row_of(i, j, open_.group.samples[j], open_.outcomes[j])
-        for i, open_ in enumerate(done)
-        for j in range(num_samples)
-    ]
 
 
 def _without(open_: rollout.OpenGroup, rows: Sequence[Row | None]) -> rollout.OpenGroup:
@@ -351,24 +390,7 @@ def during_training(
     tell: rollout.Tell,
 ) -> dict[str, float]:
     """`summary` as the section `evaluation` of an SFT or GPPO config says; names eval/..."""
-    rows: list[Row] = []
-    for sampling in config.evaluation.samplings():
-        rows += draw(
-            params,
-            config.model,
-            problems,
-            tokenizer,
-            pool,
-            config.evaluation.rewards(config.rewards),
-            config.evaluation,
-            sampling,
-            engine=config.sampler,
-            dtype=jnp.dtype(config.dtype),
-            layout=layout,
-            tell=tell,
-            found={},
-            add=None,
-        )
+    rows = draw(params, config.model, problems, tokenizer, pool, config, layout, tell)
     return {f"eval/{name}": value for name, value in summary(rows).items()}
 
 
@@ -439,7 +461,7 @@ def run(
     found."""
     hosts.join()
     path = str(checkpoint.resolve(path)) if path else ""
-    run_of = (checkpoint.read_about(path) if path else None) or {"steps_done": None}
+    run_of = checkpoint.read_about(path) if path else None
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
     problems = load_problems(c.evaluation, tokenizer, c.rewards, pool)
     made_with = fingerprint(c, path, tokenizer)
@@ -453,7 +475,7 @@ def run(
     print(json.dumps({k: v for k, v in result.items() if k != "per_problem"}, indent=2))
     about = {
         "model": path,
-        "steps_done": run_of["steps_done"],
+        "steps_done": run_of and run_of["steps_done"],
         "evaluation": dataclasses.asdict(c.evaluation),
         "samples": samples,
         "made_with": made_with,
@@ -515,24 +537,18 @@ def draw_all(
             shown.advance()
             answers.add(row)
 
-        rows = []
-        for sampling in c.evaluation.samplings():
-            rows += draw(
-                params,
-                model,
-                problems,
-                tokenizer,
-                pool,
-                c.evaluation.rewards(c.rewards),
-                c.evaluation,
-                sampling,
-                engine=c.sampler,
-                dtype=jnp.dtype(c.dtype),
-                layout=layout,
-                tell=shown.tell,
-                found=found,
-                add=add,
-            )
+        rows = draw(
+            params,
+            model,
+            problems,
+            tokenizer,
+            pool,
+            c,
+            layout,
+            shown.tell,
+            found=found,
+            add=add,
+        )
         answers.finish(rows)
     return rows
 

@@ -168,6 +168,7 @@ def _data_in_words(data: Mapping[str, Any]) -> str:
 
 
 def sft_in_words(c: Mapping[str, Any], steps_done: int) -> str:
+    """How a model was trained, by the config of its run."""
     of = f" of {c['num_steps']:,}" if c["num_steps"] else ""
     return (
         f"Supervised fine-tuning {_start_in_words(c)} on {_data_in_words(c['data'])}, "
@@ -179,6 +180,7 @@ def sft_in_words(c: Mapping[str, Any], steps_done: int) -> str:
 
 
 def gppo_in_words(c: Mapping[str, Any], steps_done: int) -> str:
+    """How a model was trained, by the config of its run."""
     r, loss = c["rollout"], c["loss"]
     advantages = ", over its standard deviation" if r["normalize_std"] else ""
     positives = ""

@@ -34,7 +34,7 @@ evaluate sft configs/sft_tiny.py --model="$runs/sft"
 python -m klear_jax.train --config=configs/gppo_tiny.py --workdir="$runs/gppo" \
   --config.seed="$seed" --config.init_from="$runs/sft"
 evaluate gppo configs/gppo_tiny.py --model="$runs/gppo"
-python -m klear_jax.report --workdir="$runs/gppo"
+[ -e "$runs/gppo/report.html" ] || python -m klear_jax.report --workdir="$runs/gppo"
 [ -e "$runs/export/config.json" ] ||
   python -m klear_jax.export --workdir="$runs/gppo" --output="$runs/export"
 

@@ -120,6 +120,7 @@ def test_live_code_bench_by_function(tmp_path):
             {"public_test_cases": "[]", "private_test_cases": ""},
             "test cases that are none",
         ),
+        ({"private_test_cases": {"a": 1}}, "test cases must be a list"),
         ({"private_test_cases": "%%%"}, "hidden tests that cannot be unpacked"),
         ({"private_test_cases": "aGk="}, "hidden tests that cannot be unpacked"),
         # What would run a command, were it unpickled.

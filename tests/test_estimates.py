@@ -44,6 +44,17 @@ def test_interval_is_95_percent_of_a_normal_and_shrinks():
     assert set(estimates.interval("x", np.ones(7)).values()) == {1.0}
 
 
+def majority(ballot, k):
+    """The mean over all subsets of k; 3 is right, 0 no answer, a tie is worth its share."""
+
+    def share(subset):
+        counts = Counter(vote for vote in subset if vote)
+        best = [vote for vote in counts if counts[vote] == max(counts.values())]
+        return (3 in best) / len(best) if best else 0
+
+    return np.mean([share(subset) for subset in itertools.combinations(ballot, k)])
+
+
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
     ballots=st.lists(
@@ -52,20 +63,20 @@ def test_interval_is_95_percent_of_a_normal_and_shrinks():
     k=st.integers(1, 5),
 )
 def test_maj_at_k_is_the_mean_over_subsets_and_ties(ballots, k):
-    """3 is right, 0 no answer; a tie is worth its share."""
-    correct = np.array(ballots) == 3
+    got = estimates.maj_at_k(ballots, np.array(ballots) == 3, k)
+    want = [majority(ballot, k) for ballot in ballots]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
-    def share(subset):
-        counts = Counter(vote for vote in subset if vote)
-        best = [vote for vote in counts if counts[vote] == max(counts.values())]
-        return (3 in best) / len(best) if best else 0
 
-    want = [np.mean([share(s) for s in itertools.combinations(b, k)]) for b in ballots]
-    got = estimates.maj_at_k(ballots, correct, k)
-    # Five standard errors of a mean over the random subsets, at most; none of all samples.
-    atol = 1e-12 if k == 5 else 5 * 0.5 / np.sqrt(estimates.SUBSETS)
-    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
-    np.testing.assert_array_equal(got, estimates.maj_at_k(ballots, correct, k))
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(st.lists(st.integers(0, 3), min_size=12, max_size=12))
+def test_of_too_many_subsets_some_are_drawn(ballot):
+    correct = np.array([ballot]) == 3
+    got = estimates.maj_at_k([ballot], correct, 6)
+    # Five standard errors of a mean over the subsets, at most.
+    atol = 5 * 0.5 / np.sqrt(estimates.SUBSETS)
+    np.testing.assert_allclose(got, majority(ballot, 6), rtol=0, atol=atol)
+    np.testing.assert_array_equal(got, estimates.maj_at_k([ballot], correct, 6))
 
 
 def test_right_answers_are_one_however_they_are_written():

@@ -78,7 +78,7 @@ def _answer(tests: list[Mapping[str, str]], name: str | None) -> dict[str, Any]:
             found = {"inputs": list(inputs), "outputs": list(outputs)}
         else:
             found = {"functional": [_call(name, *pair) for pair in pairs]}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise BadRow("test cases that are none", str(error)) from None
     return found | {"timeout": TIMEOUT_S}
 
@@ -111,7 +111,7 @@ def _hidden(text: Any) -> list[Mapping[str, str]]:
     unpickled: a pickle of text is its text and a few marks."""
     if not text:
         return []
-    if text.lstrip()[:1] == "[":
+    if not isinstance(text, str) or text.lstrip()[:1] == "[":
         return _tests(text)
     try:
         unpack = zlib.decompressobj()
