@@ -102,7 +102,7 @@ def _put(path: epath.Path, rows: list[Row]) -> None:
     """The file, whole or not at all."""
     unfinished = path.with_name(f"{path.name}.writing")
     unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.rename(path)
+    unfinished.replace(path)
 
 
 def finite(x: float) -> float | None:

@@ -267,6 +267,14 @@ def test_answers_are_kept_and_an_evaluation_goes_on(calls, monkeypatch, tmp_path
         had = {key_of(json.loads(contents[i])) for i in survived}
         assert {key_of(row) for row in added} | had == {key_of(row) for row in rows}
         assert len(added) == 15 - number
+    # A file that is there is gone on with, too: here, for more samples.
+    path.write_text(
+        "".join(line for line in whole.splitlines(True) if '"sample": 0' in line)
+    )
+    with answers.Answers(path, "m") as kept:
+        assert len(kept.found) == 6
+        kept.finish(run(CONFIG, found=kept.found))
+    assert path.read_text() == whole
     with pytest.raises(InputError, match=r"line 1 is not of this model, data and eval"):
         answers.Answers(path, "another")
     assert len(answers.Answers(path, "m").found) == 15
