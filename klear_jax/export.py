@@ -220,9 +220,10 @@ def clip_in_words(loss: Mapping[str, Any]) -> str:
     }[loss["kind"]]
     if loss["dual_clip"] is None:
         return what
+    kept = loss["beta_dual"]
     return (
-        f"{what} Where the advantage is negative, a ratio counts {loss['dual_clip']:g} at "
-        f"most, with {loss['beta_dual']:g} times its gradient beyond."
+        f"{what} Where the advantage is negative, a ratio counts {loss['dual_clip']:g} at most, "
+        f"{f'with {kept:g} times its gradient' if kept else 'without a gradient'} beyond."
     )
 
 

@@ -524,7 +524,8 @@ def check_rewards(rollout: Rollout) -> None:
     failed = [outcome for outcome in rollout.outcomes if outcome.status == "error"]
     if not failed:
         return
-    lines = [line.strip() for line in failed[0].detail.strip().splitlines()]
+    lines = [line.strip() for line in failed[0].detail.splitlines() if line.strip()]
+    lines = lines or ["no word of why"]
     where = [line for line in lines if line.startswith("File ")][-1:]
     said = f"on the first with: {' '.join([*where, lines[-1]])}"
     if len(failed) == len(rollout.outcomes):

@@ -58,6 +58,7 @@ LOSS = {
     "beta_low": 1.0,
     "beta_high": 1.0,
     "dual_clip": None,
+    "beta_dual": 0.0,
 }
 
 
@@ -75,6 +76,10 @@ LOSS = {
         (
             {"dual_clip": 10.0},
             ["a ratio counts 10 at most, without a gradient beyond."],
+        ),
+        (
+            {"dual_clip": 3.0, "beta_dual": 0.5},
+            ["a ratio counts 3 at most, with 0.5 times its gradient beyond."],
         ),
     ],
     ids=str,
