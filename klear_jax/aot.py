@@ -171,7 +171,7 @@ def collectives(hlo: str) -> list[Collective]:
             entry = name if found[1] else entry
         elif line.startswith(" "):
             computations[name].append(line)
-    return list(_walk(computations, entry, times=1))
+    return [one for one in _walk(computations, entry, times=1) if one.devices > 1]
 
 
 def _walk(

@@ -72,6 +72,22 @@ def trim_after_compilations() -> None:
         jax.monitoring.register_event_duration_secs_listener(heard)
 
 
+def number(
+    flags: types.SimpleNamespace, name: str, kind: type[int | float], default: Any
+) -> Any:
+    """The number that a text flag of `parse_flags` is.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = getattr(flags, name)
+    try:
+        return default if text is None else kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise InputError(f"--{name} must be a {what}, not {text!r}") from None
+
+
 def parse_flags(
     argv: Sequence[str],
     doc: str,

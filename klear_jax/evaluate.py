@@ -15,6 +15,7 @@ The same command goes on where it was cut off.
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import logging
 import sys
@@ -637,12 +638,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         ),
         _line(*["---"] * 8),
     ]
-    for one in result["per_problem"]:
-        text = " ".join(one["problem"].split())[:EXCERPT].replace("|", "\\|")
+    excerpts = _excerpts(result["per_problem"])
+    for one, excerpt in zip(result["per_problem"], excerpts, strict=True):
         lines.append(
             _line(
                 f"{one['data']} {one['prompt_id']}",
-                text,
+                excerpt.replace("|", "\\|"),
                 one["right"],
                 one["samples"],
                 *(
@@ -654,6 +655,26 @@ def markdown(result: Mapping[str, Any]) -> str:
             )
         )
     return "\n".join(lines) + "\n"
+
+
+def _excerpts(per_problem: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first words of each problem, without those with which all of its data set begin."""
+    words: dict[str, list[list[str]]] = {}
+    for one in per_problem:
+        words.setdefault(one["data"], []).append(one["problem"].split())
+    shared = {
+        data: sum(1 for _ in itertools.takewhile(_all_equal, zip(*found, strict=False)))
+        for data, found in words.items()
+    }
+    excerpts = []
+    for one in per_problem:
+        found = one["problem"].split()
+        excerpts.append(" ".join(found[shared[one["data"]] :] or found)[:EXCERPT])
+    return excerpts
+
+
+def _all_equal(words: tuple[str, ...]) -> bool:
+    return len(set(words)) == 1
 
 
 def _line(*cells: Any) -> str:

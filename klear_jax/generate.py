@@ -13,6 +13,7 @@ dimmed; how many tokens there were, and how fast they came, goes to standard err
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -155,14 +156,7 @@ def run(flags: types.SimpleNamespace) -> None:
 def read_settings(flags: types.SimpleNamespace) -> Settings:
     """The flags that are numbers and texts, checked."""
 
-    def number(name, kind, default):
-        text = getattr(flags, name)
-        try:
-            return default if text is None else kind(text)
-        except ValueError:
-            what = "whole number" if kind is int else "number"
-            raise InputError(f"--{name} must be a {what}, not {text!r}") from None
-
+    number = functools.partial(config.number, flags)
     return Settings(
         sampling=Sampling(
             number("temperature", float, TEMPERATURE),

@@ -106,6 +106,11 @@ def find_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     """The chips of a topology, or so many devices of this CPU."""
     kind, _, count = topology.partition(":")
     if kind != "cpu":
+        if kind not in CHIPS:
+            raise InputError(
+                f"--topology={topology}: no chip is called {kind!r}; there are "
+                f"{', '.join(CHIPS)}, and cpu"
+            )
         return aot.devices(topology, num_slices)
     if num_slices > 1:
         raise InputError("--num_slices is of TPU slices; a CPU is one")
@@ -203,8 +208,12 @@ def compile_program(traced: jax.stages.Traced) -> Program:
     """Compiles it for the devices of its mesh, and reads what the compiler says of it."""
     start = time.perf_counter()
     compiled, buffers = aot.compile_and_look(traced.lower())
+    memory = aot.memory(compiled)
+    if not buffers:  # The compiler of CPUs leaves temporary arrays out of its peak.
+        together = memory.arguments + memory.outputs - memory.aliased + memory.temp
+        memory = dataclasses.replace(memory, peak=together)
     return Program(
-        aot.memory(compiled),
+        memory,
         buffers,
         aot.collectives(compiled.as_text() or ""),
         time.perf_counter() - start,
@@ -396,7 +405,12 @@ def tell(plan: dict[str, Any]) -> list[str]:
                 f"  {row['bytes'] / GIB:7.3f}  {row['array']:28} {row['name']}"
                 for row in one["buffers"][:8]
             ]
-    if "step_seconds" in plan:
+    if "step_seconds" not in plan:
+        lines.append(
+            "\nNothing is said of time, nor whether it fits: that is known of TPUs alone "
+            "(--topology=v5p:4x4x4)"
+        )
+    else:
         lines.append("\nA step, with responses of half the limit, takes at least:")
         for name, seconds in plan["step_seconds"].items():
             parts = ", ".join(f"{what} {s:,.1f}" for what, s in seconds.items())

@@ -12,10 +12,10 @@ of small problems that we make ourselves, with a tokenizer for them.
 
 import json
 import tempfile
+import types
 from collections.abc import Mapping
 from typing import Any
 
-from absl import flags
 from etils import epath
 
 from klear_jax import config, tokens
@@ -30,41 +30,15 @@ from klear_jax.data import (
 )
 from klear_jax.errors import InputError
 
-# Our own set of flags, so that importing this file defines none for others.
-_FLAGS = flags.FlagValues()
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to.", _FLAGS)
-_TASK = flags.DEFINE_list(
-    "task",
-    ["chain_sum"],
-    "The problems, a data set each: programs, or one of reasoning-gym's "
-    f"{', '.join(arithmetic.TASKS)}.",
-    _FLAGS,
-)
-_NUM_PROBLEMS = flags.DEFINE_integer(
-    "num_problems",
-    60_000,
-    "Problems to draw; repeated ones are dropped. Of programs, at most as many as there are.",
-    lower_bound=1,
-    flag_values=_FLAGS,
-)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the draw.", lower_bound=0, flag_values=_FLAGS
-)
-_DIRECT_SHARE = flags.DEFINE_float(
-    "direct_share",
-    0.5,
-    "Share of responses without a chain of thought.",
-    lower_bound=0,
-    upper_bound=1,
-    flag_values=_FLAGS,
-)
-_GENERATOR = flags.DEFINE_list(
-    "generator",
-    [],
-    "Settings of reasoning-gym's task, such as min_terms=3,max_terms=4.",
-    _FLAGS,
-)
-_HELP = flags.DEFINE_boolean("help", False, "Show this.", _FLAGS)
+FLAGS = {
+    "output": "Folder to write to; with --config, in place of config.output.",
+    "task": "Small problems, a data set each, with commas: programs, and of reasoning-gym "
+    f"{', '.join(arithmetic.TASKS)}; chain_sum by default.",
+    "num_problems": "Small problems to draw, 60000 by default; repeated ones are dropped.",
+    "seed": "Of the draw, 0 by default.",
+    "direct_share": "Share of responses without a chain of thought, 0.5 by default.",
+    "generator": "Settings of reasoning-gym's task, such as min_terms=3,max_terms=4.",
+}
 
 
 def make_problems(
@@ -142,7 +116,7 @@ def counts_table(path: epath.PathLike) -> str:
 
 def _generator(assignments: list[str]) -> dict[str, int]:
     try:
-        pairs = [assignment.split("=") for assignment in assignments]
+        pairs = [assignment.split("=") for assignment in assignments if assignment]
         return {key: int(value) for key, value in pairs}
     except ValueError as error:
         raise InputError(
@@ -152,49 +126,44 @@ def _generator(assignments: list[str]) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     """The command, see above."""
-    if any(arg.lstrip("-").startswith("config") for arg in argv[1:]):
-        _prepare_files(argv)
+    of_files = any(arg.lstrip("-").startswith("config") for arg in argv[1:])
+    flags = config.parse_flags(argv, __doc__, FLAGS, with_config=of_files)
+    if of_files:
+        _prepare_files(flags)
     else:
-        _make_problems(argv)
+        _make_problems(flags)
 
 
-def _prepare_files(argv: list[str]) -> None:
-    given = config.parse_flags(argv, __doc__, {"output": "In place of config.output."})
-    values = given.config.to_dict()
-    if given.output:
-        values["output"] = given.output
+def _prepare_files(flags: types.SimpleNamespace) -> None:
+    if other := [n for n in FLAGS if n != "output" and getattr(flags, n) is not None]:
+        raise InputError(f"--{other[0]} is of small problems, not of a config")
+    values = flags.config.to_dict()
+    if flags.output:
+        values["output"] = flags.output
     path = prepare.prepare(config.build(prepare.PrepareConfig, values))
     summary = json.loads((path / "report.json").read_text())
     print(report.as_markdown(summary))
     print(f"data set  {path}\nreport    {path / 'report.md'}")
 
 
-def _make_problems(argv: list[str]) -> None:
-    try:
-        rest = _FLAGS(argv)[1:]
-    except flags.Error as error:
-        raise InputError(f"in the flags: {error}") from error
-    if _HELP.value:
-        print(f"{__doc__}\n{_FLAGS.get_help()}")
-        return
-    if rest or not _OUTPUT.value:
-        raise InputError(
-            f"--output=DIR is needed, and no arguments beside flags: {rest}"
-        )
-    settings = [
-        {
-            "task": task,
-            "num_problems": _NUM_PROBLEMS.value,
-            "seed": _SEED.value,
-            "direct_share": _DIRECT_SHARE.value,
-            "generator": _generator(_GENERATOR.value),
-        }
-        for task in _TASK.value
-    ]
-    for path in make_problems(_OUTPUT.value, *settings):
+def _make_problems(flags: types.SimpleNamespace) -> None:
+    if not flags.output:
+        raise InputError("--output=DIR is needed: the folder to write to")
+    settings = {
+        "num_problems": config.number(flags, "num_problems", int, 60_000),
+        "seed": config.number(flags, "seed", int, 0),
+        "direct_share": config.number(flags, "direct_share", float, 0.5),
+        "generator": _generator((flags.generator or "").split(",")),
+    }
+    if settings["num_problems"] < 1 or settings["seed"] < 0:
+        raise InputError("--num_problems must be at least 1, and --seed at least 0")
+    if not 0 <= settings["direct_share"] <= 1:
+        raise InputError(f"--direct_share={flags.direct_share} must be from 0 to 1")
+    tasks = (flags.task or "chain_sum").split(",")
+    for path in make_problems(flags.output, *({"task": t, **settings} for t in tasks)):
         print(counts_table(path))
         print(f"data set   {path}")
-    print(f"tokenizer  {epath.Path(_OUTPUT.value) / 'tokenizer'}")
+    print(f"tokenizer  {epath.Path(flags.output) / 'tokenizer'}")
 
 
 if __name__ == "__main__":

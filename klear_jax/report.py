@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     """The command, see above."""
     texts = {
         "workdir": "The run to show; several with commas.",
-        "output": "The file to write; default: report.html in the (first) workdir.",
+        "output": "The file to write; default: report.html in the workdir, or of several "
+        "runs comparison.html in the first.",
         "steps": "Whose samples the page holds, with commas; default: evenly spread ones.",
     }
     flags = config.parse_flags(argv, __doc__, texts, with_config=False)
@@ -90,7 +91,8 @@ def main(argv: list[str]) -> None:
         raise InputError("--workdir=DIR is missing: which run is to be shown?")
     workdirs = flags.workdir.split(",")
     page = make_page(workdirs, parse_steps(flags.steps))
-    output = epath.Path(flags.output or epath.Path(workdirs[0]) / "report.html")
+    name = "report.html" if len(workdirs) == 1 else "comparison.html"
+    output = epath.Path(flags.output or epath.Path(workdirs[0]) / name)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(page.encode())
     print(f"{output}: {len(page) / 1e6:.1f} MB")

@@ -22,12 +22,11 @@ data=runs/data
 
 python -m klear_jax.prepare_data --output=$data
 
-evaluate() { # NAME CONFIG [FLAG]: once, to evaluation_NAME.json.
-  [ -e "$runs/evaluation_$1.json" ] ||
-    python -m klear_jax.evaluate --config="$2" --output="$runs/evaluation_$1.json" "${@:3}"
+evaluate() { # NAME CONFIG [FLAG]: once, to NAME/evaluation.json, which an export tells of.
+  [ -e "$runs/$1/evaluation.json" ] ||
+    python -m klear_jax.evaluate --config="$2" --output="$runs/$1/evaluation.json" "${@:3}"
 }
 
-mkdir -p "$runs"
 evaluate start configs/sft_tiny.py --config.seed="$seed"
 python -m klear_jax.train --config=configs/sft_tiny.py --workdir="$runs/sft" --config.seed="$seed"
 evaluate sft configs/sft_tiny.py --model="$runs/sft"

@@ -16,9 +16,10 @@ def main(runs: pathlib.Path) -> None:
     rows = [
         ["", "avg@8", "95% interval", "pass@8", "greedy", "length", "clipped", "time"]
     ]
-    for name, folder in (("start", None), ("SFT", "sft"), ("GPPO", "gppo")):
-        found = json.loads((runs / f"evaluation_{name.lower()}.json").read_text())
-        steps = read_metrics(runs / folder) if folder else []
+    for name in ("start", "SFT", "GPPO"):
+        folder = runs / name.lower()
+        found = json.loads((folder / "evaluation.json").read_text())
+        steps = read_metrics(folder)
         rows.append(
             [
                 name,
@@ -43,8 +44,10 @@ def main(runs: pathlib.Path) -> None:
     )
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+def read_metrics(folder: pathlib.Path) -> list[dict]:
+    """Of a run; none of the start, which is none."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.open()] if file.exists() else []
 
 
 def clipped(steps: list[dict]) -> str:
@@ -67,7 +70,7 @@ def paired_gain(runs: pathlib.Path) -> tuple[float, float, float]:
     sft, gppo = (
         [
             p["right"] / p["samples"]
-            for p in json.loads((runs / f"evaluation_{name}.json").read_text())[
+            for p in json.loads((runs / name / "evaluation.json").read_text())[
                 "per_problem"
             ]
         ]

@@ -47,6 +47,7 @@ setup() {
   stamp=.venv/installed-$(cat requirements.txt pyproject.toml | sha256sum | cut -c1-16)-${what//[^a-z]/}
   if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || make_venv "$(find_python)"
+    echo "installs $what into .venv" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$what"
     touch "$stamp"
   fi

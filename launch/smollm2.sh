@@ -16,9 +16,9 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 runs=runs/smollm2
 smollm2_model
 
-evaluate() { # NAME [FLAG]: once, to evaluation_NAME.json.
-  [ -e "$runs/evaluation_$1.json" ] ||
-    python -m klear_jax.evaluate --config=configs/gppo_smollm2.py --output="$runs/evaluation_$1.json" "${@:2}"
+evaluate() { # NAME [FLAG]: once, to NAME/evaluation.json.
+  [ -e "$runs/$1/evaluation.json" ] ||
+    python -m klear_jax.evaluate --config=configs/gppo_smollm2.py --output="$runs/$1/evaluation.json" "${@:2}"
 }
 
 evaluate start
@@ -28,4 +28,4 @@ evaluate gppo --model="$runs/gppo"
 echo "
 metrics    $runs/gppo/metrics.jsonl, and tensorboard --logdir $runs
 samples    $runs/gppo/rollouts/
-results    $runs/evaluation_start.json, $runs/evaluation_gppo.json"
+results    $runs/start/evaluation.json, $runs/gppo/evaluation.json"

@@ -193,8 +193,10 @@ def test_bad_settings(tmp_path, change, message):
     "arguments, message",
     [
         (["--generator=terms"], "--generator=terms is not KEY=INTEGER,..."),
-        (["--sed=1"], "Unknown command line flag 'sed'"),
+        (["--sed=1"], "unknown flag --sed; did you mean 'seed'?"),
         (["--direct_share=2"], "direct_share"),
+        (["--direct_share=x"], "--direct_share must be a number, not 'x'"),
+        (["--num_problems=0"], "--num_problems must be at least 1"),
         (["more"], "['more']"),
     ],
 )
@@ -478,7 +480,11 @@ def test_json_lines(tmp_path):
         (b'{"problem": "\xff", "answer": "1"}', "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
         (b"[1]", "line 2: not a JSON object"),
-        (b'{"answer": "1"}', "line 2: prompt or problem or"),
+        (
+            b'{"answer": "1", "q": "7+5"}',
+            "line 2: prompt or problem or question or messages or conversations must be text "
+            "or messages: the row has 'answer', 'q'",
+        ),
         (b'{"problem": "", "answer": "1"}', "line 2: prompt or problem or"),
         (b'{"problem": "\\ud800", "answer": "1"}', "line 2: prompt or problem"),
         (b'{"prompt": [], "answer": "1"}', "line 2: prompt or problem or"),
@@ -486,7 +492,7 @@ def test_json_lines(tmp_path):
         (b'{"problem": "1", "answer": [1]}', "line 2: answer must be text"),
         (b'{"problem": "1", "answer": true}', "line 2: answer must be text"),
         (b'{"problem": "1", "response": ""}', "line 2: response must be text"),
-        (b'{"problem": "1"}', "line 2: neither answer nor response"),
+        (b'{"problem": "1"}', "line 2: neither answer nor response: the row has"),
     ],
 )
 def test_bad_line_is_named(tmp_path, line, message):

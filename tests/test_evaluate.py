@@ -219,6 +219,16 @@ def test_results_and_their_tables(calls):
     assert "by_data" not in one_set and one_set["per_problem"][0]["majority"] is None
 
 
+def test_an_excerpt_leaves_out_what_all_problems_begin_with():
+    asked = [
+        ("a", "Solve it: one  two"),
+        ("a", "Solve it: one 2"),
+        ("b", "Solve it: 3"),
+    ]
+    problems = [{"data": data, "problem": text} for data, text in asked]
+    assert evaluate._excerpts(problems) == ["two", "2", "Solve it: 3"]
+
+
 def test_answers_are_kept_and_an_evaluation_goes_on(calls, monkeypatch, tmp_path):
     """Whatever of them had come when it was cut off, also where files were half written."""
     monkeypatch.setattr(answers, "FLUSH_S", -1)  # A file an answer.

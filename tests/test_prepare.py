@@ -551,7 +551,7 @@ def test_killed_and_with_more_workers_the_bytes_are_the_same(tmp_path, undisturb
     done, seconds = False, 6.0
     while not done:
         done = run_killed(config_file, output, seconds)
-        assert done or work.exists() or seconds < 20
+        assert done or work.exists() or seconds < 60
         seconds *= 1.5
     assert digest(output / "klear_sft" / "1.0.0") == want
     assert not work.exists()
@@ -669,7 +669,7 @@ BAD = [
     ),
     (
         {"sources": {"raw": {"path": "/absent/*.jsonl"}}},
-        r"no file at '/absent/\*.jsonl'",
+        r"config.sources.\w+.path names no file: '/absent/\*.jsonl'",
     ),
     ({"sources": {}}, "sources names no source"),
     ({"choose__only_right": True}, "only_right needs judge=True"),
@@ -687,7 +687,10 @@ BAD = [
     ({"output": "gs://bucket/data"}, "must be a folder on a disk"),
     ({"part_mb": 0}, "part_mb and shard_mb must be at least 1"),
     ({"limit": -1}, "limit must not be negative"),
-    ({"clean__benchmarks": ("/absent.jsonl",)}, "no file at '/absent.jsonl'"),
+    (
+        {"clean__benchmarks": ("/absent.jsonl",)},
+        "config.clean.benchmarks names no file: '/absent.jsonl'",
+    ),
     (
         {"clean__max_tokens": 10, "clean__max_bad_share": 1.0},
         r"no sample is left: too long \(6\), no r",

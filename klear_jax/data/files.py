@@ -83,14 +83,15 @@ def _to_rows(table: pyarrow.Table) -> Iterator[Mapping[str, Any] | bytes]:
                 yield b""
 
 
-def find(patterns: str) -> list[str]:
-    """The files that patterns, with commas between, stand for, sorted within each."""
+def find(key: str, patterns: str) -> list[str]:
+    """The files that patterns, with commas between, stand for, sorted within each; they are the
+    value of that key of the config."""
     found = []
     for pattern in map(str.strip, patterns.split(",")):
         paths = [pattern] if "://" in pattern else sorted(glob.glob(pattern))
         paths = [path for path in paths if _is_file(path)]
         if not paths:
-            raise InputError(f"no file at {pattern!r}")
+            raise InputError(f"config.{key} names no file: {pattern!r}")
         for path in paths:
             if not path.isprintable():
                 raise InputError(f"the name of the file {path!r} is no printable text")

@@ -131,7 +131,10 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
       InputError: bad settings or files; too many bad rows; nothing left; a data set in the
         folder that was made with other settings.
     """
-    paths = {name: files.find(source.path) for name, source in config.sources.items()}
+    paths = {
+        name: files.find(f"sources.{name}.path", source.path)
+        for name, source in config.sources.items()
+    }
     settings = _settings(config, paths)
     folder = pathlib.Path(config.output).expanduser() / config.name / config.version
     with _alone(folder):
@@ -180,8 +183,10 @@ def _settings(config: PrepareConfig, paths: Mapping[str, list[str]]) -> dict[str
         for key in ("kinds", "sources", "kind", "full_credit", "task_timeout_s"):
             values[f"rewards.{key}"] = rewards[key]
     named = [path for found in paths.values() for path in found]
-    for pattern in (*config.clean.benchmarks, *config.choose.pass_rates):
-        named += files.find(pattern)
+    for pattern in config.clean.benchmarks:
+        named += files.find("clean.benchmarks", pattern)
+    for pattern in config.choose.pass_rates:
+        named += files.find("choose.pass_rates", pattern)
     values |= {
         "format": FORMAT,
         "order": list(config.sources),
@@ -240,7 +245,11 @@ def read_pass_rates(patterns: tuple[str, ...]) -> dict[int, float]:
       InputError: a row without a prompt, or with a `correct` that is no truth value.
     """
     right, total = Counter[int](), Counter[int]()
-    for path in (path for pattern in patterns for path in files.find(pattern)):
+    for path in (
+        path
+        for pattern in patterns
+        for path in files.find("choose.pass_rates", pattern)
+    ):
         for origin, row, messages in samples.read_prompts(path):
             if not isinstance(row.get("correct"), bool):
                 raise InputError(f"{origin}: correct must be true or false")

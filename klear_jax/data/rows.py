@@ -1,6 +1,7 @@
 """Rows as people publish them -> examples: one declared mapping for each shape."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,7 @@ def to_example(
     answer = _find(row, fields.answer)
     answer = None if answer == "" else _answer(answer)
     if answer is None and response is None:
-        raise BadRow("neither answer nor response")
+        raise BadRow("neither answer nor response", _keys(row))
     source = _find(row, fields.data_source)
     if source not in (None, "") and not _is_text(source):
         raise BadRow("data_source must be text", repr(source))
@@ -179,7 +180,7 @@ def read_prompt(
 ) -> tuple[list[dict[str, str]], str | None]:
     """The messages up to where the assistant answers, and its answer if that is the last of
     them; or a BadRow."""
-    messages = _messages(_find(row, fields.prompt), fields.prompt)
+    messages = _messages(row, fields.prompt)
     system = _find(row, fields.system)
     if system not in (None, ""):
         messages = [{"role": "system", "content": _text("system", system)}, *messages]
@@ -205,11 +206,19 @@ def _find(row: Mapping[str, Any], where: str) -> Any:
     return None
 
 
-def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
+def _keys(row: Mapping[str, Any]) -> str:
+    names = [repr(name[:40]) for name in itertools.islice(row, 12)]
+    return f"the row has {', '.join(names) or 'nothing'}"
+
+
+def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    prompt = _find(row, where)
     if _is_text(prompt):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
-        raise BadRow(f"{where.replace('|', ' or ')} must be text or messages")
+        raise BadRow(
+            f"{where.replace('|', ' or ')} must be text or messages", _keys(row)
+        )
     messages = []
     for message in prompt:
         if not isinstance(message, Mapping):

@@ -108,7 +108,9 @@ def load_benchmarks(
     """The problems of all benchmark files: JSON lines or parquet with a prompt, as
     `rows.SHAPES["any"]` says."""
     problems: list[tuple[str, str]] = []
-    for path in (path for pattern in patterns for path in files.find(pattern)):
+    for path in (
+        path for pattern in patterns for path in files.find("clean.benchmarks", pattern)
+    ):
         before = len(problems)
         for origin, _, messages in read_prompts(path):
             problems.append((origin, messages[-1]["content"]))
