@@ -18,6 +18,6 @@ def get_study() -> setting.Study:
             }
             for beta in (1.0, 0.0, 0.1, 0.25, 0.5)
         },
-        seeds=32,
+        seeds=range(32),
         paper="the authors' README: 0.25 or 0.5 against entropy collapse",
     )

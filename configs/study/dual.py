@@ -20,6 +20,6 @@ def get_study() -> setting.Study:
             | {"optim.peak_lr": setting.HIGH_LR, "optim.end_lr": setting.HIGH_LR}
             for name, values in DUALS.items()
         },
-        seeds=16,
+        seeds=range(16),
         paper="the paper does not mention it; the released recipe has 10",
     )

@@ -12,6 +12,6 @@ def get_study() -> setting.Study:
         name="filter",
         question="Does leaving out groups that teach nothing help?",
         variants={"filter": {}, "no filter": {"rollout.filter": "none"}},
-        seeds=16,
+        seeds=range(16),
         paper="Fig. 5a: AIME 2024, mean of the last five: 80.4 with the filter, 78.1 without",
     )

@@ -17,16 +17,16 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 
+import ml_collections
+
 from configs.study import setting
 
 RESULTS = pathlib.Path("configs/study/results")
-RUNS = pathlib.Path("runs/study")
 KEPT = """
     reward/correct reward/mean entropy grad_norm grad_norm_max kl_old ratio/max ratio/min
     clip/low clip/high clip/dual clip_movable/low clip_movable/high clip_movable/dual
@@ -34,6 +34,12 @@ KEPT = """
     samples/truncated samples/groups_used logprob_gap/mean updates eval/avg@8 eval/greedy
     eval/pass@8 eval/length
 """.split()
+# As launch/setup.sh: memory that is given back to the kernel must be had again at every step.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 RUNS_A_WORKER = 16  # Then a fresh process: compiled programs pile up.
 
 
@@ -53,7 +59,7 @@ def config_of(study: setting.Study, variant: str, seed: int):
     c = setting.get_config()
     c.update_from_flattened_dict(study.variants[variant])
     c.seed = seed
-    c.init_from = str(RUNS / f"sft_{sft_seed(seed)}")
+    c.init_from = setting.get_sft_config(sft_seed(seed)).workdir
     return c
 
 
@@ -67,15 +73,11 @@ def sft_seed(seed: int) -> int:
 
 def run(study: setting.Study, variant: str, seed: int) -> dict:
     """One run, in this process: what is recorded of it."""
-    from klear_jax import config, train
-
-    config.trim_after_compilations()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as workdir:
         c = config_of(study, variant, seed)
         c.workdir = workdir
-        task, parsed = train.parse(c.to_dict())
-        train.TASKS[task][1](parsed)
+        train_as(c)
         text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     metrics = {
@@ -91,26 +93,22 @@ def run(study: setting.Study, variant: str, seed: int) -> dict:
     }
 
 
+def make_sft(seed: int) -> None:
+    """The checkpoint, if it is missing; what was begun goes on."""
+    train_as(setting.get_sft_config(seed))
+
+
+def train_as(c: ml_collections.ConfigDict) -> None:
+    """What `python -m klear_jax.train` does after its flags."""
+    from klear_jax import config, train
+
+    config.trim_after_compilations()
+    task, parsed = train.parse(c.to_dict())
+    train.TASKS[task][1](parsed)
+
+
 def round_(value: float | None) -> float | None:
     return value if value is None else float(f"{value:.6g}")
-
-
-def make_sft(seeds) -> None:
-    """The checkpoints that are missing, and the data."""
-    if not pathlib.Path("runs/data/arithmetic").exists():
-        command("klear_jax.prepare_data", "--output=runs/data")
-    for seed in sorted(seeds):
-        workdir = RUNS / f"sft_{seed}"
-        if not (workdir / "done").exists():
-            shutil.rmtree(workdir, ignore_errors=True)
-            c = "configs/sft_tiny.py"
-            flags = (f"--workdir={workdir}", f"--config.seed={seed}")
-            command("klear_jax.train", f"--config={c}", *flags)
-            (workdir / "done").touch()
-
-
-def command(module: str, *flags: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *flags], check=True)
 
 
 def main() -> None:
@@ -131,14 +129,16 @@ def main() -> None:
         print("the same" if again["metrics"] == before["metrics"] else "ANOTHER")
         return
     variants = flags.variants.split(";") if flags.variants else list(study.variants)
-    seeds = map(int, flags.seeds.split(",")) if flags.seeds else range(study.seeds)
+    seeds = map(int, flags.seeds.split(",")) if flags.seeds else study.seeds
     cells = [
         (variant, seed)
         for seed, variant in itertools.product(seeds, variants)
         if (variant, seed) not in known
     ]
-    make_sft({sft_seed(seed) for _, seed in cells})
+    make_problems = ("klear_jax.prepare_data", *setting.DATA_FLAGS)
+    subprocess.run([sys.executable, "-m", *make_problems], check=True)
     file.parent.mkdir(parents=True, exist_ok=True)
+    os.environ |= MALLOC
     spawn = multiprocessing.get_context("spawn")
     cores = spawn.Queue()
     for core in itertools.islice(itertools.cycle(os.sched_getaffinity(0)), 64):
@@ -153,6 +153,7 @@ def main() -> None:
             max_tasks_per_child=RUNS_A_WORKER,
         ) as pool,
     ):
+        list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
         waiting = [pool.submit(run, study, *cell) for cell in cells]
         for n, done in enumerate(concurrent.futures.as_completed(waiting), 1):
             row = done.result()
