@@ -35,9 +35,9 @@ class Study:
     paper: str
 
 
-# Of prepare_data. Four of five demonstrations answer at once, so that SFT leaves a model that
+# Of prepare_data. Two of three demonstrations answer at once, so that SFT leaves a model that
 # thinks seldom: right a third of the time, and almost always one of eight times.
-DATA_FLAGS = ("--output=runs/study/data", "--direct_share=0.8")
+DATA_FLAGS = ("--output=runs/study/data", "--direct_share=0.65")
 
 
 def get_sft_config(seed: int) -> ml_collections.ConfigDict:
@@ -55,8 +55,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.max_groups = 32
     c.rollout.token_groups = 0
     c.minibatch_prompts = 4  # 8 updates a rollout batch, as in the paper.
-    c.micro_rows = 32
-    c.num_steps = 24
+    c.micro_rows = 8
+    c.rollout.max_prompt_tokens = c.evaluation.max_prompt_tokens = 20
+    c.rollout.max_new_tokens = c.evaluation.max_new_tokens = 44
+    c.num_steps = 16
     c.optim.warmup_steps = 2
     c.optim.peak_lr = c.optim.end_lr = SAFE_LR
     c.sampler.num_slots = 256

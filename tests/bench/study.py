@@ -22,9 +22,11 @@ import sys
 import tempfile
 import time
 
+import jax
 import ml_collections
 
 from configs.study import setting
+from klear_jax import config, train
 
 RESULTS = pathlib.Path("configs/study/results")
 KEPT = """
@@ -44,11 +46,11 @@ RUNS_A_WORKER = 16  # Then a fresh process: compiled programs pile up.
 
 
 def begin_worker(core: int) -> None:
-    """Before JAX is imported: on how many threads a product is computed shows in its bits."""
+    """Before JAX computes: on how many threads a product is computed shows in its bits."""
     os.sched_setaffinity(0, {core})
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     cache = pathlib.Path("~/.cache/klear_jax").expanduser()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def begin_one_of(cores) -> None:
@@ -100,8 +102,6 @@ def make_sft(seed: int) -> None:
 
 def train_as(c: ml_collections.ConfigDict) -> None:
     """What `python -m klear_jax.train` does after its flags."""
-    from klear_jax import config, train
-
     config.trim_after_compilations()
     task, parsed = train.parse(c.to_dict())
     train.TASKS[task][1](parsed)
