@@ -35,7 +35,13 @@ def test_what_the_setting_was_chosen_on_is_not_compared():
 
 
 def made_up(end, first=0.5, ratio=1.5):
+    none = {kind: [10, 0, 0.0, 0.0] for kind in study.KINDS}
+    one, three = [10, 1, 0.5, np.log(0.5)], [10, 3, 0.5, np.log(0.5)]
     return {
+        "clipped": {
+            "low": none | {"at once": one if end > 0.7 else three},
+            "high": none,
+        },
         "metrics": {
             "reward/correct": [first, 0.7],
             "eval/avg@8": [None, end],
@@ -47,7 +53,7 @@ def made_up(end, first=0.5, ratio=1.5):
                 for name in ("clip_movable", "grad_mass")
                 for side in ("low", "high")
             },
-        }
+        },
     }
 
 
@@ -68,6 +74,8 @@ def test_a_table_by_hand():
         "| b | 2 | 65.0 (40.0 to 90.0) | 35.4 | -5.0 (-20.0 to +10.0) | 1 |"
     )
     assert "<svg" in study_page.figure(one, runs)
+    *_, a, b = study_page.kinds(one, runs).splitlines()
+    assert a == "| a | 20.0%, 0.50 | 0% | 0% | 0% | 0% | 0% | 0% | 0% |"
 
 
 def test_a_line_that_was_cut_off_is_not_a_run(tmp_path):
@@ -79,3 +87,33 @@ def test_a_line_that_was_cut_off_is_not_a_run(tmp_path):
     assert (
         np.isclose(study.round_(0.123456789), 0.123457) and study.round_(None) is None
     )
+
+
+def test_what_was_clipped_by_hand():
+    loss = setting.get_config().loss
+    half = float(np.log(0.5))
+    thinks = {
+        "advantage": -0.5,
+        "tokens": [7, 1, 2, 9, 3],  # 9 ends the chain.
+        "old_logp": [0.0, half, half, half, half],
+        "log_ratio": [-1.0, -0.1, -0.3, None, -0.5],
+    }
+    answers = {
+        "advantage": 2.0,
+        "tokens": [7, 9, 3],
+        "old_logp": [0.0, half, half],
+        "log_ratio": [0.0, 0.5, 0.2],
+    }
+    not_used = {"advantage": None}
+    got = study.clipped([thinks, answers, not_used], 9, loss)
+    assert got["low"]["think"] == [1, 0, 0.0, 0.0]
+    assert got["low"]["chain"] == [
+        1,
+        1,
+        0.5,
+        -0.3,
+    ]  # The end of the chain had no ratio.
+    assert got["low"]["answer"] == [1, 1, 0.5, -0.5]
+    assert got["high"]["at once"] == [1, 1, 0.5, 0.5]
+    assert got["high"]["answer"] == [1, 0, 0.0, 0.0]
+    assert got["low"]["at once"] == got["high"]["chain"] == [0, 0, 0.0, 0.0]

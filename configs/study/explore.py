@@ -1,8 +1,8 @@
 """How the setting was chosen: clip-higher alone, on seeds and SFT checkpoints that no comparison
 uses.
 
-Asked of the safe rate: at least 5% of the tokens that can move are clipped, and no run ends
-below its start. Of the high one: the highest at which the mean run still learns.
+The safe rate is the lowest at which at least 5% of the tokens that can move are clipped and no run
+ends below its start; the high one the highest at which the mean run still learns.
 """
 
 from configs.study import setting

@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     _use_data(c)
     c.rollout.prompts = 32
     c.rollout.max_groups = 32
-    c.rollout.token_groups = 0
+    c.rollout.token_groups = 32  # All: which tokens are clipped is recorded.
     c.minibatch_prompts = 4  # 8 updates a rollout batch, as in the paper.
     c.micro_rows = 8
     c.rollout.max_prompt_tokens = c.evaluation.max_prompt_tokens = 20

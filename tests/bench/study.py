@@ -14,6 +14,7 @@ import concurrent.futures
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -21,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 
 import jax
 import ml_collections
+import numpy as np
 
 from configs.study import setting
-from klear_jax import config, train
+from klear_jax import config, losses, tokens, train
 
 RESULTS = pathlib.Path("configs/study/results")
 KEPT = """
@@ -36,6 +39,7 @@ KEPT = """
     samples/truncated samples/groups_used logprob_gap/mean updates eval/avg@8 eval/greedy
     eval/pass@8 eval/length
 """.split()
+KINDS = ("at once", "think", "chain", "answer")
 # As launch/setup.sh: memory that is given back to the kernel must be had again at every step.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -80,8 +84,11 @@ def run(study: setting.Study, variant: str, seed: int) -> dict:
         c = config_of(study, variant, seed)
         c.workdir = workdir
         train_as(c)
-        text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+        lines = read_lines(pathlib.Path(workdir) / "metrics.jsonl")
+        files = sorted((pathlib.Path(workdir) / "rollouts").iterdir())
+        samples = itertools.chain.from_iterable(map(read_lines, files))
+        tokenizer = tokens.load(c.tokenizer)
+        regions = clipped(samples, tokenizer.encode("</think>")[0], c.loss)
     metrics = {
         name: [round_(line.get(name)) for line in lines]
         for name in KEPT
@@ -92,7 +99,50 @@ def run(study: setting.Study, variant: str, seed: int) -> dict:
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 1),
         "metrics": metrics,
+        "clipped": regions,
     }
+
+
+def read_lines(file: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def clipped(
+    samples: Iterable[dict], think_end: int, loss: ml_collections.ConfigDict
+) -> dict[str, dict[str, list[float]]]:
+    """Which tokens were beyond the bounds when they were learnt from, over all of a run.
+
+    Returns:
+      side -> kind of token -> how many could move that way (by their advantage and
+      `losses.MOVABLE_LOGP`), how many of them were beyond the bound, and of these the mean old
+      probability and the mean log-ratio. Kinds: the choice to answer 'at once' or to 'think',
+      which is a response's second token; the 'chain' of thought; the 'answer' behind it.
+    """
+    low, high = math.log(1 - loss.clip_low), math.log(1 + loss.clip_high)
+    found = {side: {kind: [] for kind in KINDS} for side in ("low", "high")}
+    for sample in samples:
+        if not sample["advantage"] or "tokens" not in sample:
+            continue
+        side = "low" if sample["advantage"] < 0 else "high"
+        columns = (sample[name] for name in ("tokens", "old_logp", "log_ratio"))
+        thinks = True
+        for place, (token, old, ratio) in enumerate(zip(*columns, strict=True)):
+            kind = "chain" if thinks else "answer"
+            thinks = thinks and token != think_end
+            if place == 1:
+                kind = "think" if thinks else "at once"
+            if old < losses.MOVABLE_LOGP and ratio is not None:
+                found[side][kind].append((math.exp(old), ratio))
+    return {
+        side: {kind: _summary(x, side, low, high) for kind, x in kinds.items()}
+        for side, kinds in found.items()
+    }
+
+
+def _summary(moved, side: str, low: float, high: float) -> list[float]:
+    beyond = [(p, r) for p, r in moved if (r < low if side == "low" else r > high)]
+    means = np.mean(beyond, axis=0).tolist() if beyond else [0.0, 0.0]
+    return [len(moved), len(beyond), *map(round_, means)]
 
 
 def make_sft(seed: int) -> None:

@@ -3,7 +3,7 @@
     python -m tests.bench.study_page
 
 Between `<!-- NAME -->` and `<!-- end -->` of the page stand the table and the figure of the study
-NAME; what is around them is written by hand, and stays.
+NAME, and what the paper has; what is around them is written by hand, and stays.
 """
 
 import importlib
@@ -31,7 +31,14 @@ def main() -> None:
         if not runs:
             continue
         (study.RESULTS / f"{one.name}.svg").write_text(figure(one, runs))
-        part = f"{table(one, runs)}\n\n![{one.question}](results/{one.name}.svg)"
+        picture = f"![{one.question}](results/{one.name}.svg)"
+        parts = (
+            table(one, runs),
+            picture,
+            f"The paper: {one.paper}.",
+            kinds(one, runs),
+        )
+        part = "\n\n".join(parts)
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
             lambda found, part=part: f"{found[1]}{part}\n{found[2]}",
@@ -98,6 +105,32 @@ def row(variant: str, mine: dict, base: dict, begun: dict[int, float]) -> tuple:
         shares(mine, "clip_movable"),
         shares(mine, "grad_mass"),
     )
+
+
+def kinds(one: setting.Study, runs: dict) -> str:
+    """A line a variant: of each kind of token that could move, which share was beyond the
+    bound, and the mean ratio (geometric) of these."""
+    head = [f"{side}: {kind}" for side in ("low", "high") for kind in study.KINDS]
+    lines = [["", *head], ["---"] * (1 + len(head))]
+    for variant in one.variants:
+        mine = [run["clipped"] for (name, _), run in runs.items() if name == variant]
+        if mine:
+            cells = (
+                beyond([run[side][kind] for run in mine])
+                for side in ("low", "high")
+                for kind in study.KINDS
+            )
+            lines.append([variant, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def beyond(found: list[list[float]]) -> str:
+    """Of `study.clipped`, one of each run: the share, and the ratio."""
+    moved, count, _, log_ratio = np.array(found).T
+    if not count.sum():
+        return "0%"
+    ratio = np.exp(np.average(log_ratio, weights=count))
+    return f"{100 * count.sum() / moved.sum():.1f}%, {ratio:.2f}"
 
 
 def interval(values: np.ndarray, *, signed: bool = True) -> str:
