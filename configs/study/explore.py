@@ -1,8 +1,8 @@
 """How the setting was chosen: clip-higher alone, on seeds and SFT checkpoints that no comparison
 uses.
 
-The safe rate is the lowest at which at least 5% of the tokens that can move are clipped and no run
-ends below its start; the high one the highest at which the mean run still learns.
+The safe rate is the lowest at which at least 5% of the tokens that can move are clipped, the high one
+the highest at which no run ends below its start.
 """
 
 from configs.study import setting
@@ -13,7 +13,7 @@ def get_study() -> setting.Study:
         name="explore",
         question="At which rates does the clip bite, and does the baseline learn?",
         variants={
-            f"clip_higher, {lr:g}": {
+            f"clip_higher at {lr:g}": {
                 "loss.kind": "clip_higher",
                 "optim.peak_lr": lr,
                 "optim.end_lr": lr,

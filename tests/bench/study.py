@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import ml_collections
@@ -46,7 +46,9 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-RUNS_A_WORKER = 16  # Then a fresh process: compiled programs pile up.
+# Then fresh processes, for compiled programs pile up. The executor's own max_tasks_per_child
+# stopped once all of them had ended together.
+RUNS_A_WORKER = 16
 
 
 def begin_worker(core: int) -> None:
@@ -189,33 +191,38 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", *make_problems], check=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= MALLOC
+    with begin_workers(flags.workers) as pool:
+        list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
+    size = RUNS_A_WORKER * flags.workers
+    with file.open("a") as out:
+        for start in range(0, len(cells), size):
+            some = cells[start : start + size]
+            for n, row in enumerate(rows_of(study, some, flags.workers), start + 1):
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+                found = row["metrics"]["eval/avg@8"][-1]
+                print(
+                    f"{n} of {len(cells)}: {row['variant']}, seed {row['seed']}: "
+                    f"{found:.3f} in {row['seconds']:.0f} s",
+                    flush=True,
+                )
+
+
+def rows_of(study: setting.Study, cells: list, num_workers: int) -> Iterator[dict]:
+    """What is recorded of each run, as they end."""
+    with begin_workers(num_workers) as pool:
+        waiting = [pool.submit(run, study, *cell) for cell in cells]
+        for done in concurrent.futures.as_completed(waiting):
+            yield done.result()
+
+
+def begin_workers(count: int) -> concurrent.futures.ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")
     cores = spawn.Queue()
-    for core in itertools.islice(itertools.cycle(os.sched_getaffinity(0)), 64):
+    for core in itertools.islice(itertools.cycle(os.sched_getaffinity(0)), count):
         cores.put(core)
-    with (
-        file.open("a") as out,
-        concurrent.futures.ProcessPoolExecutor(
-            flags.workers,
-            spawn,
-            begin_one_of,
-            (cores,),
-            max_tasks_per_child=RUNS_A_WORKER,
-        ) as pool,
-    ):
-        list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
-        waiting = [pool.submit(run, study, *cell) for cell in cells]
-        for n, done in enumerate(concurrent.futures.as_completed(waiting), 1):
-            row = done.result()
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-            found = row["metrics"]["eval/avg@8"][-1]
-            print(
-                f"{n} of {len(cells)}: {row['variant']}, seed {row['seed']}: "
-                f"{found:.3f} in {row['seconds']:.0f} s",
-                flush=True,
-            )
+    return concurrent.futures.ProcessPoolExecutor(count, spawn, begin_one_of, (cores,))
 
 
 def read(file: pathlib.Path) -> dict[tuple[str, int], dict]:

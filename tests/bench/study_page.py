@@ -113,7 +113,11 @@ def kinds(one: setting.Study, runs: dict) -> str:
     head = [f"{side}: {kind}" for side in ("low", "high") for kind in study.KINDS]
     lines = [["", *head], ["---"] * (1 + len(head))]
     for variant in one.variants:
-        mine = [run["clipped"] for (name, _), run in runs.items() if name == variant]
+        mine = [
+            run["clipped"]
+            for (name, _), run in runs.items()
+            if name == variant and "clipped" in run
+        ]
         if mine:
             cells = (
                 beyond([run[side][kind] for run in mine])
