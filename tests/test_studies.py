@@ -61,9 +61,9 @@ def test_a_table_by_hand():
     one = setting.Study("x", "?", {"a": {}, "b": {}}, seeds=range(2), paper="")
     runs = {
         ("a", 0): made_up(0.8),
-        ("a", 1): made_up(0.6),
+        ("a", 4): made_up(0.6),  # From the same checkpoint.
         ("b", 0): made_up(0.9),
-        ("b", 1): made_up(0.4),  # It began with 0.5.
+        ("b", 4): made_up(0.4),  # It began with 0.5.
     }
     *_, a, b = study_page.table(one, runs).splitlines()
     assert a.startswith(

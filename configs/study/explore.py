@@ -1,8 +1,8 @@
 """How the setting was chosen: clip-higher alone, on seeds and SFT checkpoints that no comparison
 uses.
 
-The safe rate is the lowest at which at least 5% of the tokens that can move are clipped, the high one
-the highest at which no run ends below its start.
+The safe rate is the lowest at which at least 5% of the tokens that can move are clipped; the high one
+the highest at which the mean run of each checkpoint still ends above its start.
 """
 
 from configs.study import setting

@@ -70,7 +70,7 @@ def table(one: setting.Study, runs: dict) -> str:
         "",
         "runs",
         "avg@8 at the end",
-        "sd",
+        "sd within a checkpoint",
         f"less {next(iter(one.variants))}, paired",
         "collapsed",
         "entropy",
@@ -97,7 +97,7 @@ def row(variant: str, mine: dict, base: dict, begun: dict[int, float]) -> tuple:
         variant,
         len(mine),
         interval(np.array(list(ends.values())), signed=False),
-        f"{100 * np.std(list(ends.values()), ddof=1):.1f}" if len(mine) > 1 else "",
+        spread(ends),
         less,
         collapsed,
         f"{median(mine, 'entropy', lambda x: x[-1]):.3f}",
@@ -144,6 +144,16 @@ def interval(values: np.ndarray, *, signed: bool = True) -> str:
     sign = "+" if signed else ""
     low, high = np.percentile(100 * means, [2.5, 97.5])
     return f"{100 * values.mean():{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def spread(ends: dict[int, float]) -> str:
+    """The standard deviation in percent of runs from the same checkpoint."""
+    of: dict[int, list[float]] = {}
+    for seed, end in ends.items():
+        of.setdefault(study.sft_seed(seed), []).append(end)
+    squares = sum(np.var(found) * len(found) for found in of.values())
+    freedom = len(ends) - len(of)
+    return f"{100 * np.sqrt(squares / freedom):.1f}" if freedom else ""
 
 
 def median(mine: dict, name: str, over_steps) -> float:
