@@ -34,10 +34,7 @@ CONFIG_FILE = (
 
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs a command; an error says its cause (`hosts.cause`) on stderr."""
-    # A second run of the same program skips its compilation.
-    if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
-        cache = pathlib.Path("~/.cache/klear_jax").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_programs()
     trim_after_compilations()
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.set_stderrthreshold("warning")
@@ -56,6 +53,13 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             hosts.fail(error)
         print(f"error: {hosts.cause(error)}", file=sys.stderr)
         sys.exit(hosts.exit_code(error))
+
+
+def keep_programs() -> None:
+    """A second run of the same program skips its compilation."""
+    if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
+        cache = pathlib.Path("~/.cache/klear_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 @functools.cache

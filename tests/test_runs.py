@@ -308,7 +308,7 @@ def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-    assert start_and_preempt(config, tmp_path / "told", monkeypatch, every=28) > 2
+    assert start_and_preempt(config, tmp_path / "told", monkeypatch, every=14) > 3
     assert_same_run(tmp_path / "whole", tmp_path / "told", NOT_DRAWN_AGAIN)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[2]["samples/groups_going_on"] > 0  # In the checkpoint before the kill.
@@ -337,7 +337,7 @@ def test_surplus_and_refill_survive_a_kill(data, tmp_path, monkeypatch):
     start_and_kill(config, tmp_path / "run", monkeypatch, at_step=4)
     start(config, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-    assert start_and_preempt(config, tmp_path / "told", monkeypatch, every=14) > 3
+    assert start_and_preempt(config, tmp_path / "told", monkeypatch, every=7) > 3
     assert_same_run(tmp_path / "whole", tmp_path / "told", NOT_DRAWN_AGAIN)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     batches = [line["sampler/batches"] for line in lines]

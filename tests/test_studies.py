@@ -107,12 +107,8 @@ def test_what_was_clipped_by_hand():
     not_used = {"advantage": None}
     got = study.clipped([thinks, answers, not_used], 9, loss)
     assert got["low"]["think"] == [1, 0, 0.0, 0.0]
-    assert got["low"]["chain"] == [
-        1,
-        1,
-        0.5,
-        -0.3,
-    ]  # The end of the chain had no ratio.
+    # The end of the chain had no ratio.
+    assert got["low"]["chain"] == [1, 1, 0.5, -0.3]
     assert got["low"]["answer"] == [1, 1, 0.5, -0.5]
     assert got["high"]["at once"] == [1, 1, 0.5, 0.5]
     assert got["high"]["answer"] == [1, 0, 0.0, 0.0]

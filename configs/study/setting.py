@@ -14,6 +14,10 @@ from configs import gppo_tiny, sft_tiny
 SFT_SEEDS = (0, 1, 2, 3)  # Of the checkpoints that all variants start from.
 EXPLORING_SFT_SEEDS = (100, 101)  # Of those on which this setting was chosen.
 EXPLORING_SEEDS = range(1_000, 1_008)
+SAFE_LR, HIGH_LR = 3e-4, 5e-4  # Chosen on clip-higher alone: explore.py, and README.md.
+# Of prepare_data: two of three demonstrations answer at once, so that SFT leaves a model that
+# thinks seldom.
+DATA_FLAGS = ("--output=runs/study/data", "--direct_share=0.65")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +39,8 @@ class Study:
     paper: str
 
 
-# Of prepare_data. Two of three demonstrations answer at once, so that SFT leaves a model that
-# thinks seldom: right a third of the time, and almost always one of eight times.
-DATA_FLAGS = ("--output=runs/study/data", "--direct_share=0.65")
-
-
 def get_sft_config(seed: int) -> ml_collections.ConfigDict:
+    """Of a checkpoint that runs start from: as sft_tiny, on the studies' own data."""
     c = sft_tiny.get_config()
     _use_data(c)
     c.seed = seed
@@ -49,6 +49,7 @@ def get_sft_config(seed: int) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Of a run, but for its seed, its checkpoint, and what its variant says."""
     c = gppo_tiny.get_config()
     _use_data(c)
     c.rollout.prompts = 32
@@ -75,7 +76,3 @@ def get_config() -> ml_collections.ConfigDict:
 def _use_data(c: ml_collections.ConfigDict) -> None:
     c.data.path = c.evaluation.data = "runs/study/data/arithmetic/1.0.0"
     c.tokenizer = "runs/study/data/tokenizer"
-
-
-SAFE_LR = 3e-4  # Chosen on clip-higher alone: explore.py, and README.md.
-HIGH_LR = 5e-4

@@ -1,7 +1,7 @@
 """Runs a study of configs/study: every variant on every seed, two runs at a time.
 
-    python -m tests.bench.study --study=clip [--workers=2] [--variants=A,B] [--seeds=0,1]
-    python -m tests.bench.study --study=clip --check=VARIANT,SEED   # the same bits again
+    python -m tests.bench.study --study=clip [--workers=2] [--variants="A;B"] [--seeds=0,1]
+    python -m tests.bench.study --study=clip --check="VARIANT;SEED"   # the same bits again
 
 A run that is recorded in configs/study/results/STUDY.jsonl is not done again; each is written
 there as it ends: metrics of every step, and of the evaluations. A worker has a core to itself,
@@ -55,8 +55,8 @@ def begin_worker(core: int) -> None:
     """Before JAX computes: on how many threads a product is computed shows in its bits."""
     os.sched_setaffinity(0, {core})
     jax.config.update("jax_platforms", "cpu")
-    cache = pathlib.Path("~/.cache/klear_jax").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    config.keep_programs()
+    config.trim_after_compilations()
 
 
 def begin_one_of(cores) -> None:
@@ -154,7 +154,6 @@ def make_sft(seed: int) -> None:
 
 def train_as(c: ml_collections.ConfigDict) -> None:
     """What `python -m klear_jax.train` does after its flags."""
-    config.trim_after_compilations()
     task, parsed = train.parse(c.to_dict())
     train.TASKS[task][1](parsed)
 
@@ -174,12 +173,6 @@ def main() -> None:
     study = importlib.import_module(f"configs.study.{flags.study}").get_study()
     file = RESULTS / f"{study.name}.jsonl"
     known = read(file)
-    if flags.check:
-        variant, seed = flags.check.split(";")
-        begin_worker(min(os.sched_getaffinity(0)))
-        again, before = run(study, variant, int(seed)), known[variant, int(seed)]
-        print("the same" if again["metrics"] == before["metrics"] else "ANOTHER")
-        return
     variants = flags.variants.split(";") if flags.variants else list(study.variants)
     seeds = map(int, flags.seeds.split(",")) if flags.seeds else study.seeds
     cells = [
@@ -187,12 +180,21 @@ def main() -> None:
         for seed, variant in itertools.product(seeds, variants)
         if (variant, seed) not in known
     ]
+    if flags.check:
+        variant, _, seed = flags.check.rpartition(";")
+        cells = [(variant, int(seed))]
     make_problems = ("klear_jax.prepare_data", *setting.DATA_FLAGS)
     subprocess.run([sys.executable, "-m", *make_problems], check=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= MALLOC
     with begin_workers(flags.workers) as pool:
         list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
+    if flags.check:
+        (again,) = rows_of(study, cells, 1)
+        before = known[cells[0]]
+        same = all(again[name] == before[name] for name in ("metrics", "clipped"))
+        print("the same" if same else "ANOTHER")
+        return
     size = RUNS_A_WORKER * flags.workers
     with file.open("a") as out:
         for start in range(0, len(cells), size):

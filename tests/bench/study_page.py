@@ -32,12 +32,10 @@ def main() -> None:
             continue
         (study.RESULTS / f"{one.name}.svg").write_text(figure(one, runs))
         picture = f"![{one.question}](results/{one.name}.svg)"
-        parts = (
-            table(one, runs),
-            picture,
-            f"The paper: {one.paper}.",
-            kinds(one, runs),
-        )
+        parts = [table(one, runs), picture, f"The paper: {one.paper}."]
+        # The first runs of `explore` are from before it was recorded.
+        if all("clipped" in run for run in runs.values()):
+            parts.append(kinds(one, runs))
         part = "\n\n".join(parts)
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
@@ -113,11 +111,7 @@ def kinds(one: setting.Study, runs: dict) -> str:
     head = [f"{side}: {kind}" for side in ("low", "high") for kind in study.KINDS]
     lines = [["", *head], ["---"] * (1 + len(head))]
     for variant in one.variants:
-        mine = [
-            run["clipped"]
-            for (name, _), run in runs.items()
-            if name == variant and "clipped" in run
-        ]
+        mine = [run["clipped"] for (name, _), run in runs.items() if name == variant]
         if mine:
             cells = (
                 beyond([run[side][kind] for run in mine])
