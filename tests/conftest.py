@@ -1,18 +1,20 @@
 """Eight CPU devices, set before any backend starts, and strict numerics in every test."""
 
 import os
+import tempfile
+
+# For the processes that tests start, too. All share what one has compiled: not what a user has,
+# nor where a user would find it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="klear_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis
 import jax
 
-jax.config.update("jax_platforms", "cpu")
-os.environ["JAX_PLATFORMS"] = "cpu"  # Of the processes that tests start.
 jax.config.update("jax_num_cpu_devices", 8)
-# LLVM's level 1 in place of 3: train_step compiles in half the time, and the tests of the sampler,
-# the losses and the steps together take 13% less.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
-)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples on every run, none remembered on disk, no limit on a first compile.

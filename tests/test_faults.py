@@ -32,7 +32,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data, and compiled programs that the runs share."""
+    """Data that the runs share."""
     folder = tmp_path_factory.mktemp("faults")
     test_runs.make_data(folder / "data")
     return folder
@@ -46,7 +46,6 @@ def start(folder, workdir, change="", within=()):
         "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
     command = [sys.executable, "-m", "klear_jax.train"]
     command += [f"--config={config}", f"--workdir={workdir}"]

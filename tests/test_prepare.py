@@ -12,10 +12,10 @@ import os
 import pathlib
 import random
 import shutil
-import signal
 import string
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow
@@ -514,8 +514,9 @@ def workers_of(config_file):
     return found
 
 
-def run_killed(config_file, output, seconds):
-    """Starts the command, and kills it after so many seconds; whether it was too late."""
+def run_killed(config_file, output, work, seconds):
+    """Starts the command, and kills it so many seconds after it was found at work; whether
+    that was too late."""
     command = [
         sys.executable,
         "-m",
@@ -529,11 +530,12 @@ def run_killed(config_file, output, seconds):
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
     )
     with process:
+        while process.poll() is None and not work.exists():
+            time.sleep(0.05)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
             return False
     assert process.returncode == 0
     return True
@@ -548,11 +550,10 @@ def test_killed_and_with_more_workers_the_bytes_are_the_same(tmp_path, undisturb
     )
     output = tmp_path / "killed"
     work = output / "klear_sft" / "1.0.0.unfinished"
-    done, seconds = False, 6.0
-    while not done:
-        done = run_killed(config_file, output, seconds)
-        assert done or work.exists() or seconds < 20
-        seconds *= 1.5
+    seconds = 0.5
+    while not run_killed(config_file, output, work, seconds):
+        assert work.exists()
+        seconds *= 4
     assert digest(output / "klear_sft" / "1.0.0") == want
     assert not work.exists()
     assert not workers_of(config_file)

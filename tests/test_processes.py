@@ -72,12 +72,6 @@ def test_two_processes_do_what_one_does():
             np.testing.assert_allclose(logprobs, sample.logprobs, atol=1e-5)
 
 
-def small_gppo(data):
-    config = test_runs.small_gppo(data)
-    config.evaluation.every = 0  # Fewer programs to compile.
-    return config
-
-
 CONFIG_FILE = """
 import pathlib
 import test_runs
@@ -103,7 +97,6 @@ class Run:
                 **PYTHONPATH,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": "4",
-                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(i),
@@ -134,7 +127,11 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
     test_runs.make_data(tmp_path / "data")
     text = CONFIG_FILE.format(data=str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
-    workdir = tmp_path / "run"
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    with Run(tmp_path, whole) as run:
+        assert run.wait(300) == [0, 0], run.logs[0].read_text()[-3000:]
+        assert "GPPO" in run.logs[0].read_text()  # The first alone speaks.
+        assert "GPPO" not in run.logs[1].read_text()
     # Whichever notices it first, the heartbeat or what the two were exchanging.
     noticed = r"tasks are unhealthy|another process of the run has ended"
     for victim, steps, cause in (
@@ -154,28 +151,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
             assert re.search(cause, run.logs[1 - victim].read_text())
     with Run(tmp_path, workdir) as run:
         assert run.wait(300) == [0, 0], run.logs[0].read_text()[-3000:]
-        assert "GPPO" in run.logs[0].read_text()  # The first alone speaks.
-        assert "GPPO" not in run.logs[1].read_text()
-    alone = tmp_path / "alone"
-    test_runs.start(small_gppo(tmp_path / "data"), alone)
-    lines, expected = (
-        test_runs.read_lines(one / "metrics.jsonl") for one in (workdir, alone)
-    )
-    assert [line["step"] for line in lines] == list(range(6))
-    for name in ("loss", "entropy", "grad_norm", "reward/mean", "samples/groups_used"):
-        np.testing.assert_allclose(
-            [line[name] for line in lines],
-            [line[name] for line in expected],
-            rtol=1e-3,
-            atol=1e-6,
-            err_msg=name,
-        )
-    for step in range(6):
-        name = f"rollouts/step_{step:06d}.jsonl"
-        ours, theirs = (test_runs.read_lines(w / name) for w in (workdir, alone))
-        for key in ("response", "reward", "tokens"):
-            if key in ours[0]:
-                assert [row[key] for row in ours] == [row[key] for row in theirs]
+    test_runs.assert_same_run(whole, workdir)
 
 
 @pytest.mark.parametrize(

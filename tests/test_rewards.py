@@ -14,6 +14,7 @@ import time
 import warnings
 from concurrent.futures import CancelledError
 
+import math_verify.parser
 import pytest
 import sympy.core.random
 from hypothesis import given, settings
@@ -62,11 +63,6 @@ def test_goldens():
     with open_pool(2) as pool:
         futures = [judge(pool, row) for row in rows]
         outcomes = [future.result(timeout=PATIENCE_S) for future in futures]
-        # math-verify gives up after 5 s by the clock: what comes out otherwise beside other
-        # work is judged again alone.
-        for i, row in enumerate(rows):
-            if outcomes[i] != Outcome(row["score_mv090"], "ok", ""):
-                outcomes[i] = judge(pool, row).result(timeout=PATIENCE_S)
     mismatches = [
         f"{row['id']} {row['category']}: {outcome}, not {row['score_mv090']}"
         for row, outcome in zip(rows, outcomes, strict=True)
@@ -192,6 +188,26 @@ def test_sympy_draws_the_same_points_for_every_answer():
         return sympy.core.random.random()
 
     assert next_draw("\\boxed{5} of a draw") == next_draw("\\boxed{5} of a second draw")
+
+
+def test_alarms_count_the_seconds_of_the_process_and_not_of_the_clock(monkeypatch):
+    monkeypatch.setattr(math_reward, "_ALARM_S", 0.3)
+    parse = math_verify.parser.extract_target_from_pred
+
+    def sleep(*args, **kwargs):
+        time.sleep(0.5)
+        return parse(*args, **kwargs)
+
+    def work(*args, **kwargs):
+        end = time.process_time() + 0.5
+        while time.process_time() < end:
+            pass
+        return parse(*args, **kwargs)
+
+    monkeypatch.setattr(math_verify.parser, "extract_target_from_pred", sleep)
+    assert math_reward.judge("\\boxed{5} beside other work", "5") == 1.0
+    monkeypatch.setattr(math_verify.parser, "extract_target_from_pred", work)
+    assert math_reward.judge("\\boxed{5} after long work", "5") == -1.0
 
 
 def test_alarms_are_not_logged():
