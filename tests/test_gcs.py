@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 import test_runs
-from test_processes import CONFIG_FILE, TESTS, free_port, small_gppo
+from test_processes import CONFIG_FILE, TESTS, free_port
 
 from klear_jax import checkpoint, hf_weights
 
@@ -99,7 +99,9 @@ def test_a_run_on_an_object_store_is_resumed(tmp_path, environment):
     assert process.wait(300) == 0, log.read_text()[-3000:]
 
     alone = tmp_path / "alone"
-    test_runs.start(small_gppo(tmp_path / "data"), alone)
+    config = test_runs.small_gppo(tmp_path / "data")
+    config.evaluation.every = 0
+    test_runs.start(config, alone)
     files.get("bucket/run/", str(tmp_path / "copy"), recursive=True)
     copy = pathlib.Path(tmp_path / "copy")
     if (copy / "run").exists():

@@ -550,10 +550,11 @@ def test_killed_and_with_more_workers_the_bytes_are_the_same(tmp_path, undisturb
     )
     output = tmp_path / "killed"
     work = output / "klear_sft" / "1.0.0.unfinished"
-    seconds = 0.5
+    seconds, at_work = 0.5, False
     while not run_killed(config_file, output, work, seconds):
-        assert work.exists()
+        at_work |= work.exists()  # Or it was done, but had not ended.
         seconds *= 4
+    assert at_work
     assert digest(output / "klear_sft" / "1.0.0") == want
     assert not work.exists()
     assert not workers_of(config_file)

@@ -1,6 +1,6 @@
 """The studies: every variant is a config, and the page's numbers are those of its runs."""
 
-import importlib
+import json
 import pathlib
 
 import numpy as np
@@ -16,7 +16,7 @@ NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - {"setting"})
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_is_a_config_of_its_own(name):
-    one = importlib.import_module(f"configs.study.{name}").get_study()
+    one = study.load(name)
     assert one.name == name and len(one.seeds) >= 8
     found = []
     for variant in one.variants:
@@ -38,12 +38,15 @@ def made_up(end, first=0.5, ratio=1.5):
     none = {kind: [10, 0, 0.0, 0.0] for kind in study.KINDS}
     one, three = [10, 1, 0.5, np.log(0.5)], [10, 3, 0.5, np.log(0.5)]
     return {
+        "cpu": "a 1 2",
+        "seconds": 30.0 + 20 * end,
         "clipped": {
             "low": none | {"at once": one if end > 0.7 else three},
             "high": none,
         },
         "metrics": {
             "reward/correct": [first, 0.7],
+            "reward/any_correct": [0.75, 1.0],
             "eval/avg@8": [None, end],
             "entropy": [0.3, 0.1],
             "grad_norm_max": [1.0, 2.0],
@@ -74,8 +77,29 @@ def test_a_table_by_hand():
         "| b | 2 | 65.0 (40.0 to 90.0) | 35.4 | -5.0 (-20.0 to +10.0) | 1 |"
     )
     assert "<svg" in study_page.figure(one, runs)
+    assert study_page.begin(runs) == (
+        "The SFT checkpoints begin with 50% (75%) right, of a prompt's eight samples at least "
+        "one in brackets. A run takes 44 s (median) on one core. CPU: a 1 2."
+    )
     *_, a, b = study_page.kinds(one, runs).splitlines()
     assert a == "| a | 20.0%, 0.50 | 0% | 0% | 0% | 0% | 0% | 0% | 0% |"
+
+
+def test_what_two_studies_share_is_run_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    rows = [{"variant": "gppo, high", "seed": s} for s in (3, 30)]
+    rows += [{"variant": "cispo, high", "seed": 3}]
+    (tmp_path / "clip.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "dual.jsonl").write_text('{"variant": "dual 3", "seed": 3}\n')
+    found = {name: set(study.recorded(study.load(name))) for name in NAMES}
+    assert found == {
+        "alpha": {("alpha 0.1, high", 3)},
+        "beta_low": {("beta_low 1", 3), ("beta_low 1", 30)},
+        "clip": {("gppo, high", 3), ("gppo, high", 30), ("cispo, high", 3)},
+        "dual": {("dual 10", 3), ("dual 3", 3)},
+        "explore": set(),
+        "filter": set(),
+    }
 
 
 def test_a_line_that_was_cut_off_is_not_a_run(tmp_path):

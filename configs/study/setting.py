@@ -52,6 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
     """Of a run, but for its seed, its checkpoint, and what its variant says."""
     c = gppo_tiny.get_config()
     _use_data(c)
+    # What variants change, in full: GPPO as in the paper, whatever gppo_tiny has.
+    c.loss.kind, c.loss.dual_clip, c.loss.positive_coef = "gppo", 10.0, 0.1
+    c.loss.beta_low, c.loss.beta_high, c.loss.beta_dual = 1.0, 1.0, 0.0
     c.rollout.prompts = 32
     c.rollout.max_groups = 32
     c.rollout.token_groups = 32  # All: which tokens are clipped is recorded.

@@ -3,26 +3,31 @@
     python -m tests.bench.study --study=clip [--workers=2] [--variants="A;B"] [--seeds=0,1]
     python -m tests.bench.study --study=clip --check="VARIANT;SEED"   # the same bits again
 
-A run that is recorded in configs/study/results/STUDY.jsonl is not done again; each is written
-there as it ends: metrics of every step, and of the evaluations. A worker has a core to itself,
-and keeps its programs from run to run. SFT checkpoints lie in runs/study, made when they are
-missing.
+A run that is recorded in configs/study/results, for this study or another that has the same
+variant, is not done again; each is written to STUDY.jsonl there as it ends: metrics of every
+step, and of the evaluation. A worker has a core to itself, and keeps its programs from run to
+run. SFT checkpoints lie in runs/study, made when they are missing. On another kind of CPU, the
+bits are others.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import importlib
 import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -33,7 +38,7 @@ from klear_jax import config, losses, tokens, train
 
 RESULTS = pathlib.Path("configs/study/results")
 KEPT = """
-    reward/correct reward/mean entropy grad_norm grad_norm_max kl_old ratio/max ratio/min
+    reward/correct reward/any_correct reward/mean entropy grad_norm grad_norm_max kl_old ratio/max ratio/min
     clip/low clip/high clip/dual clip_movable/low clip_movable/high clip_movable/dual
     clip/movable_tokens grad_mass/low grad_mass/high grad_mass/dual samples/length
     samples/truncated samples/groups_used logprob_gap/mean updates eval/avg@8 eval/greedy
@@ -99,10 +104,19 @@ def run(study: setting.Study, variant: str, seed: int) -> dict:
     return {
         "variant": variant,
         "seed": seed,
+        "cpu": cpu(),
         "seconds": round(time.perf_counter() - start, 1),
         "metrics": metrics,
         "clipped": regions,
     }
+
+
+def cpu() -> str:
+    """Its kind, which shows in the bits: another has other instructions."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    found = dict(re.split(r"\s*: ?", line, maxsplit=1) for line in lines)
+    names = ("vendor_id", "cpu family", "model")
+    return " ".join(found.get(name, "?") for name in names)
 
 
 def read_lines(file: pathlib.Path) -> list[dict]:
@@ -170,9 +184,9 @@ def main() -> None:
     parser.add_argument("--seeds", help="numbers with commas")
     parser.add_argument("--check", help="VARIANT;SEED: is it the same again?")
     flags = parser.parse_args()
-    study = importlib.import_module(f"configs.study.{flags.study}").get_study()
+    study = load(flags.study)
     file = RESULTS / f"{study.name}.jsonl"
-    known = read(file)
+    known = recorded(study)
     variants = flags.variants.split(";") if flags.variants else list(study.variants)
     seeds = map(int, flags.seeds.split(",")) if flags.seeds else study.seeds
     cells = [
@@ -193,7 +207,10 @@ def main() -> None:
         (again,) = rows_of(study, cells, 1)
         before = known[cells[0]]
         same = all(again[name] == before[name] for name in ("metrics", "clipped"))
-        print("the same" if same else "ANOTHER")
+        print(
+            "the same" if same else "ANOTHER",
+            f"on {again['cpu']}; then {before['cpu']}",
+        )
         return
     size = RUNS_A_WORKER * flags.workers
     with file.open("a") as out:
@@ -225,6 +242,35 @@ def begin_workers(count: int) -> concurrent.futures.ProcessPoolExecutor:
     for core in itertools.islice(itertools.cycle(os.sched_getaffinity(0)), count):
         cores.put(core)
     return concurrent.futures.ProcessPoolExecutor(count, spawn, begin_one_of, (cores,))
+
+
+def load(name: str) -> setting.Study:
+    return importlib.import_module(f"configs.study.{name}").get_study()
+
+
+def recorded(study: setting.Study) -> dict[tuple[str, int], dict]:
+    """Its runs, by variant and seed, whichever study they were run for."""
+    found = {}
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        of = load(file.stem).variants
+        for (variant, seed), row in read(file).items():
+            found[what_differs(of[variant]), seed] = row
+    return {
+        (variant, seed): found[what_differs(values), seed]
+        for variant, values in study.variants.items()
+        for seed in study.seeds
+        if (what_differs(values), seed) in found
+    }
+
+
+def what_differs(values: Mapping[str, Any]) -> frozenset:
+    """From the setting: the same for what is the same run."""
+    base = setting.get_config()
+
+    def of_setting(key: str) -> Any:
+        return functools.reduce(operator.getitem, key.split("."), base)
+
+    return frozenset((k, v) for k, v in values.items() if v != of_setting(k))
 
 
 def read(file: pathlib.Path) -> dict[tuple[str, int], dict]:

@@ -6,7 +6,6 @@ Between `<!-- NAME -->` and `<!-- end -->` of the page stand the table and the f
 NAME, and what the paper has; what is around them is written by hand, and stays.
 """
 
-import importlib
 import pathlib
 import re
 
@@ -26,17 +25,16 @@ def main() -> None:
     for name in re.findall(r"<!-- (\w+) -->", text):
         if name == "end":
             continue
-        one = importlib.import_module(f"configs.study.{name}").get_study()
-        runs = study.read(study.RESULTS / f"{one.name}.jsonl")
+        one = study.load(name)
+        runs = study.recorded(one)
         if not runs:
             continue
         (study.RESULTS / f"{one.name}.svg").write_text(figure(one, runs))
         picture = f"![{one.question}](results/{one.name}.svg)"
-        parts = [table(one, runs), picture, f"The paper: {one.paper}."]
-        # The first runs of `explore` are from before it was recorded.
-        if all("clipped" in run for run in runs.values()):
-            parts.append(kinds(one, runs))
-        part = "\n\n".join(parts)
+        paper = f"The paper: {one.paper}."
+        part = "\n\n".join(
+            [table(one, runs), begin(runs), picture, paper, kinds(one, runs)]
+        )
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
             lambda found, part=part: f"{found[1]}{part}\n{found[2]}",
@@ -53,13 +51,28 @@ def of_variant(runs: dict, variant: str) -> dict[int, dict]:
     }
 
 
-def starts(runs: dict) -> dict[int, float]:
+def starts(runs: dict, name: str = "reward/correct") -> dict[int, float]:
     """The accuracy of each SFT checkpoint: of the samples that all runs from it draw first."""
     first: dict[int, list[float]] = {}
     for (_, seed), run in runs.items():
         found = first.setdefault(study.sft_seed(seed), [])
-        found.append(run["metrics"]["reward/correct"][0])
+        found.append(run["metrics"][name][0])
     return {checkpoint: float(np.mean(values)) for checkpoint, values in first.items()}
+
+
+def begin(runs: dict) -> str:
+    """A sentence: where the checkpoints began, on which machines, for how long."""
+    correct, any_correct = starts(runs), starts(runs, "reward/any_correct")
+    found = ", ".join(
+        f"{100 * correct[i]:.0f}% ({100 * any_correct[i]:.0f}%)"
+        for i in sorted(correct)
+    )
+    seconds = np.median([run["seconds"] for run in runs.values()])
+    cpus = ", ".join(sorted({run["cpu"] for run in runs.values()}))
+    return (
+        f"The SFT checkpoints begin with {found} right, of a prompt's eight samples at least one "
+        f"in brackets. A run takes {seconds:.0f} s (median) on one core. CPU: {cpus}."
+    )
 
 
 def table(one: setting.Study, runs: dict) -> str:
