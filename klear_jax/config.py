@@ -62,6 +62,12 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+def stay_on_cpu() -> None:
+    """For a command that computes little: an accelerator has one user at a time, who may be a
+    run. Before JAX's first work."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 @functools.cache
 def trim_after_compilations() -> None:
     """What the compiler has freed, hundreds of MiB in pieces, goes back to the system each

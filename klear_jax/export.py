@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
         raise InputError("both are needed: --workdir=DIR and --output=DIR")
     if flags.dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"--dtype must be float32 or bfloat16, not {flags.dtype!r}")
+    config.stay_on_cpu()
     export(flags.workdir, flags.output, jnp.dtype(flags.dtype or "float32"))
 
 

@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     task, c = parse(flags.config.to_dict())
     if flags.json:  # Not after minutes of compiling.
         epath.Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
+    config.stay_on_cpu()
     # Programs for chips that are not there cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
     devices = find_devices(flags.topology, int(slices))

@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
     flags = config.parse_flags(argv, __doc__, texts, with_config=False)
     if not flags.workdir:
         raise InputError("--workdir=DIR is missing: which run is to be shown?")
+    config.stay_on_cpu()
     workdirs = flags.workdir.split(",")
     page = make_page(workdirs, parse_steps(flags.steps))
     name = "report.html" if len(workdirs) == 1 else "comparison.html"
@@ -732,19 +733,20 @@ def find_regions(
     rows: Sequence[Mapping[str, Any]], loss: Mapping[str, Any]
 ) -> list[str | None]:
     """The clip region of each token, a letter each: low, high, dual, inside; None for
-    samples without tokens. One call for all: JAX compiles it for each length."""
+    samples without tokens. One call for all, and few lengths: JAX compiles it for each."""
     if not any(map(has_tokens, rows)):
         return [None] * len(rows)
     lengths = [len(row["tokens"]) if has_tokens(row) else 0 for row in rows]
     log_ratio = [x for row in rows if has_tokens(row) for x in row["log_ratio"]]
     advantage = np.repeat([row["advantage"] or 0.0 for row in rows], lengths)
+    x, a = np.zeros((2, 1 << len(log_ratio).bit_length()), np.float32)
+    x[: len(log_ratio)] = [0.0 if value is None else value for value in log_ratio]
+    a[: len(log_ratio)] = advantage
     names = ("kind", "clip_low", "clip_high", "beta_low", "dual_clip")
     found = losses.clip_regions(
-        jnp.asarray([0.0 if x is None else x for x in log_ratio], jnp.float32),
-        jnp.asarray(advantage, jnp.float32),
-        **{name: loss[name] for name in names},
+        jnp.asarray(x), jnp.asarray(a), **{name: loss[name] for name in names}
     )
-    letters = np.full(len(log_ratio), "i")
+    letters = np.full(len(x), "i")
     for name, is_in in found.items():
         letters[np.asarray(is_in)] = name[0]
     ends = np.cumsum(lengths)

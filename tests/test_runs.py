@@ -402,6 +402,16 @@ def test_export_of_a_run(gppo_run, tmp_path):
         )
 
 
+@pytest.mark.parametrize("command", ["report", "export"])
+def test_who_reads_a_run_leaves_the_accelerator_to_it(gppo_run, tmp_path, command):
+    flags = [f"--workdir={gppo_run[0]}", f"--output={tmp_path / 'out'}"]
+    subprocess.run(
+        [sys.executable, "-m", f"klear_jax.{command}", *flags],
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},  # There is none.
+        check=True,
+    )
+
+
 @pytest.mark.parametrize("steps_done", [3, 6])
 def test_the_card_of_an_export_is_of_its_checkpoint(gppo_run, tmp_path, steps_done):
     workdir, config = gppo_run
