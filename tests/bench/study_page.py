@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from configs.study import setting
+from configs.study import clip, setting
 from tests.bench import study
 
 PAGE = pathlib.Path("configs/study/README.md")
@@ -186,16 +186,17 @@ def shares(mine: dict, name: str) -> str:
     return ", ".join(f"{100 * x:.1f}%" for x in found)
 
 
-# ---- The figure: accuracy of the samples over training, a panel for each learning rate.
+# ---- The figure: a panel for each learning rate, accuracy above and entropy below.
 
-WIDTH, HEIGHT, LEFT, TOP = 380, 240, 46, 40
+CURVES = {"reward/correct": "accuracy of the samples", "entropy": "entropy, nats"}
+WIDTH, HEIGHT, LEFT, TOP = 380, 200, 50, 56
 STYLE = """
 text { font: 12px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
 .head { font-weight: 600 }
 .soft { fill: #6e7781 }
 .page { fill: #ffffff }
 path { fill: none; stroke-width: 2; stroke-linejoin: round }
-.axis { stroke: #8c959f; stroke-width: 1 }
+.axis { stroke: #8c959f; stroke-width: 1; opacity: .3 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .soft { fill: #9198a1 } .page { fill: #0d1117 }
 }
@@ -203,68 +204,90 @@ path { fill: none; stroke-width: 2; stroke-linejoin: round }
 
 
 def figure(one: setting.Study, runs: dict) -> str:
-    """Mean accuracy of a step's samples over the runs of each variant, with the quarter of the
-    runs above and below."""
-    panels: dict[str, list[str]] = {}
+    """Means over the runs of each variant, step by step, with the middle half of the runs."""
+    columns: dict[str, list[str]] = {}
     for variant in one.variants:
-        panels.setdefault(variant.partition(", ")[2] or one.name, []).append(variant)
-    width = len(panels) * (WIDTH + LEFT + 20)
-    rows = max(map(len, panels.values()))
-    height = TOP + HEIGHT + 34 + 18 * rows
+        rate = variant.rpartition(", ")[2]
+        title = rate if rate in clip.RATES else one.name
+        if of_variant(runs, variant):
+            columns.setdefault(title, []).append(variant)
+    width = len(columns) * (LEFT + WIDTH + 20)
+    bottom = TOP + len(CURVES) * (HEIGHT + TOP)
+    height = bottom + 18 * max(map(len, columns.values()))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}">',
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{width}" height="{height}"/>',
     ]
-    for n, (title, variants) in enumerate(panels.items()):
-        left = LEFT + n * (WIDTH + LEFT + 20)
-        parts += panel(left, title, variants, runs)
+    for row, (metric, label) in enumerate(CURVES.items()):
+        found = {
+            variant: np.array([m[metric] for m in of_variant(runs, variant).values()])
+            for variants in columns.values()
+            for variant in variants
+        }
+        # One scale for all columns, so that they can be compared.
+        most = max(np.percentile(x, 75, axis=0).max() for x in found.values())
+        top = 1.0 if metric == "reward/correct" else nice(most)
+        for n, (title, variants) in enumerate(columns.items()):
+            place = (LEFT + n * (LEFT + WIDTH + 20), TOP + row * (HEIGHT + TOP))
+            curves = {variant: found[variant] for variant in variants}
+            parts += panel(*place, f"{title}: {label}", curves, top)
+    for n, (title, variants) in enumerate(columns.items()):
+        names = [variant.removesuffix(f", {title}") for variant in variants]
+        parts += legend(LEFT + n * (LEFT + WIDTH + 20), bottom, names)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def panel(left: float, title: str, variants: list[str], runs: dict) -> list[str]:
-    curves = {
-        variant: np.array(
-            [m["reward/correct"] for m in of_variant(runs, variant).values()], float
-        )
-        for variant in variants
-    }
-    curves = {variant: found for variant, found in curves.items() if len(found)}
+def nice(value: float) -> float:
+    """The next of 1, 2, 4, 10, ... x a power of ten."""
+    power = 10.0 ** np.floor(np.log10(value))
+    return power * next(x for x in (1, 2, 4, 10) if x * power >= value)
+
+
+def panel(
+    left: float, top: float, title: str, curves: dict[str, np.ndarray], most: float
+) -> list[str]:
+    """`curves`: variant -> [runs, steps]; the axis goes from 0 to `most`."""
     steps = max(found.shape[1] for found in curves.values())
 
     def place(step: float, value: float) -> str:
         x = left + WIDTH * step / max(steps - 1, 1)
-        return f"{x:.1f} {TOP + HEIGHT * (1 - value):.1f}"
+        return f"{x:.1f} {top + HEIGHT * (1 - min(value / most, 1)):.1f}"
 
-    parts = [f'<text x="{left}" y="{TOP - 14}" class="head">{title}</text>']
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        y = TOP + HEIGHT * (1 - tick)
-        parts.append(f'<path class="axis" opacity=".3" d="M{left} {y:.1f}h{WIDTH}"/>')
+    parts = [f'<text x="{left}" y="{top - 14}" class="head">{title}</text>']
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = top + HEIGHT * (1 - share)
+        parts.append(f'<path class="axis" d="M{left} {y:.1f}h{WIDTH}"/>')
         parts.append(
             f'<text x="{left - 8}" y="{y + 4:.1f}" class="soft" text-anchor="end">'
-            f"{100 * tick:.0f}%</text>"
+            f"{share * most:.3g}</text>"
         )
-    for n, (variant, found) in enumerate(curves.items()):
+    for n, found in enumerate(curves.values()):
         color = COLORS[n % len(COLORS)]
-        low, high = np.nanpercentile(found, [25, 75], axis=0)
+        low, high = np.percentile(found, [25, 75], axis=0)
         band = [place(t, x) for t, x in enumerate(low)]
         band += [place(t, x) for t, x in reversed(list(enumerate(high)))]
-        middle = [place(t, x) for t, x in enumerate(np.nanmean(found, axis=0))]
+        middle = [place(t, x) for t, x in enumerate(found.mean(axis=0))]
         parts.append(
             f'<path d="M{"L".join(band)}Z" style="fill: {color}; opacity: .12"/>'
         )
         parts.append(f'<path d="M{"L".join(middle)}" stroke="{color}"/>')
-        y = TOP + HEIGHT + 38 + 18 * n
-        parts.append(f'<path d="M{left} {y - 4}h22" stroke="{color}"/>')
-        parts.append(
-            f'<text x="{left + 30}" y="{y}">{variant.partition(", ")[0]}</text>'
-        )
     parts.append(
-        f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 18}" class="soft" '
+        f'<text x="{left + WIDTH / 2}" y="{top + HEIGHT + 18}" class="soft" '
         f'text-anchor="middle">{steps} rollout batches; mean, and the middle half of the '
         "runs</text>"
     )
+    return parts
+
+
+def legend(left: float, top: float, names: list[str]) -> list[str]:
+    parts = []
+    for n, name in enumerate(names):
+        y = top + 18 * n
+        color = COLORS[n % len(COLORS)]
+        parts.append(f'<path d="M{left} {y - 4}h22" stroke="{color}"/>')
+        parts.append(f'<text x="{left + 30}" y="{y}">{name}</text>')
     return parts
 
 
