@@ -60,6 +60,16 @@ def made_up(end, first=0.5, ratio=1.5):
     }
 
 
+def test_a_difference_is_to_the_first_of_the_same_rate():
+    names = ("a, low", "b, low", "a, high", "b, high")
+    one = setting.Study("x", "?", {key: {} for key in names}, seeds=range(1), paper="")
+    ends = dict(zip(names, (0.8, 0.7, 0.5, 0.6), strict=True))
+    runs = {(name, 0): made_up(end) for name, end in ends.items()}
+    found = [line.split(" | ")[4] for line in study_page.table(one, runs).splitlines()]
+    assert found[2:] == ["", "-10.0 (-10.0 to -10.0)", "", "+10.0 (+10.0 to +10.0)"]
+    assert "low: accuracy" in study_page.figure(one, runs)
+
+
 def test_a_table_by_hand():
     one = setting.Study("x", "?", {"a": {}, "b": {}}, seeds=range(2), paper="")
     runs = {
@@ -99,6 +109,7 @@ def test_what_two_studies_share_is_run_once(tmp_path, monkeypatch):
         "dual": {("dual 10", 3), ("dual 3", 3)},
         "explore": set(),
         "filter": set(),
+        "rates": {("gppo, 0.0005", 3)},
     }
 
 

@@ -7,7 +7,7 @@ DUALS = {
     "dual 10": {},
     "no dual clip": {"loss.dual_clip": None},
     "dual 3": {"loss.dual_clip": 3.0},
-    "dual 3, gradient kept": {"loss.dual_clip": 3.0, "loss.beta_dual": 1.0},
+    "dual 3 with its gradient": {"loss.dual_clip": 3.0, "loss.beta_dual": 1.0},
 }
 
 

@@ -27,7 +27,8 @@ class Study:
     Attributes:
       name: of its results.
       question: what it asks, in a sentence.
-      variants: name -> the config's values; the first is the baseline.
+      variants: name, or 'name, rate' -> the config's values; the first (of a rate) is the
+        baseline.
       seeds: of the runs of each variant; see `study.sft_seed` for where each starts.
       paper: what the paper has beside it.
     """

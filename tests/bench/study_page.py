@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from configs.study import clip, setting
+from configs.study import setting
 from tests.bench import study
 
 PAGE = pathlib.Path("configs/study/README.md")
@@ -51,6 +51,15 @@ def of_variant(runs: dict, variant: str) -> dict[int, dict]:
     }
 
 
+def columns(one: setting.Study, runs: dict) -> dict[str, list[str]]:
+    """The variants that have run by their rate, which stands behind a comma."""
+    found: dict[str, list[str]] = {}
+    for variant in one.variants:
+        if of_variant(runs, variant):
+            found.setdefault(variant.partition(", ")[2], []).append(variant)
+    return found
+
+
 def starts(runs: dict, name: str = "reward/correct") -> dict[int, float]:
     """The accuracy of each SFT checkpoint: of the samples that all runs from it draw first."""
     first: dict[int, list[float]] = {}
@@ -76,24 +85,26 @@ def begin(runs: dict) -> str:
 
 
 def table(one: setting.Study, runs: dict) -> str:
-    """A line a variant: how good, how sure, how much better than the first, how it went."""
+    """A line a variant: how good, how sure, how much better than the first of its rate, how it
+    went."""
     head = (
         "",
         "runs",
         "avg@8 at the end",
         "sd within a checkpoint",
-        f"less {next(iter(one.variants))}, paired",
+        "less the first, paired",
         "collapsed",
         "entropy",
         "largest gradient, ratio (median)",
         "clipped low, high",
         "gradient mass low, high",
     )
-    begun, base = starts(runs), of_variant(runs, next(iter(one.variants)))
+    begun = starts(runs)
     lines = [head, ("---",) * len(head)]
-    for variant in one.variants:
-        mine = of_variant(runs, variant)
-        if mine:
+    for variants in columns(one, runs).values():
+        base = of_variant(runs, variants[0])
+        for variant in variants:
+            mine = base if variant == variants[0] else of_variant(runs, variant)
             lines.append(row(variant, mine, base, begun))
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -205,15 +216,10 @@ path { fill: none; stroke-width: 2; stroke-linejoin: round }
 
 def figure(one: setting.Study, runs: dict) -> str:
     """Means over the runs of each variant, step by step, with the middle half of the runs."""
-    columns: dict[str, list[str]] = {}
-    for variant in one.variants:
-        rate = variant.rpartition(", ")[2]
-        title = rate if rate in clip.RATES else one.name
-        if of_variant(runs, variant):
-            columns.setdefault(title, []).append(variant)
-    width = len(columns) * (LEFT + WIDTH + 20)
+    rates = columns(one, runs)
+    width = len(rates) * (LEFT + WIDTH + 20)
     bottom = TOP + len(CURVES) * (HEIGHT + TOP)
-    height = bottom + 18 * max(map(len, columns.values()))
+    height = bottom + 18 * max(map(len, rates.values()))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}">',
@@ -223,18 +229,18 @@ def figure(one: setting.Study, runs: dict) -> str:
     for row, (metric, label) in enumerate(CURVES.items()):
         found = {
             variant: np.array([m[metric] for m in of_variant(runs, variant).values()])
-            for variants in columns.values()
+            for variants in rates.values()
             for variant in variants
         }
         # One scale for all columns, so that they can be compared.
         most = max(np.percentile(x, 75, axis=0).max() for x in found.values())
         top = 1.0 if metric == "reward/correct" else nice(most)
-        for n, (title, variants) in enumerate(columns.items()):
+        for n, (rate, variants) in enumerate(rates.items()):
             place = (LEFT + n * (LEFT + WIDTH + 20), TOP + row * (HEIGHT + TOP))
             curves = {variant: found[variant] for variant in variants}
-            parts += panel(*place, f"{title}: {label}", curves, top)
-    for n, (title, variants) in enumerate(columns.items()):
-        names = [variant.removesuffix(f", {title}") for variant in variants]
+            parts += panel(*place, f"{rate or one.name}: {label}", curves, top)
+    for n, variants in enumerate(rates.values()):
+        names = [variant.partition(", ")[0] for variant in variants]
         parts += legend(LEFT + n * (LEFT + WIDTH + 20), bottom, names)
     return "\n".join([*parts, "</svg>"]) + "\n"
 

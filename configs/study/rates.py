@@ -1,0 +1,19 @@
+"""GPPO against clip-higher over learning rates, from one that clips few tokens to one that clips
+many: where does the difference of clip.py begin?"""
+
+from configs.study import clip, setting
+
+
+def get_study() -> setting.Study:
+    return setting.Study(
+        name="rates",
+        question="From how many clipped tokens on do GPPO and clip-higher differ?",
+        variants={
+            f"{name}, {lr:g}": clip.CLIPS[name]
+            | {"optim.peak_lr": lr, "optim.end_lr": lr}
+            for lr in (1e-4, 2e-4, setting.SAFE_LR, setting.HIGH_LR)
+            for name in ("clip_higher", "gppo")
+        },
+        seeds=range(16),
+        paper="its rate is 1e-6 for 8B parameters; it has no second one",
+    )
