@@ -1,5 +1,5 @@
 """GPPO against clip-higher over learning rates, from one that clips few tokens to one that clips
-many: where does the difference of clip.py begin?"""
+many: where does the difference of clip.py begin? The two upper rates are clip.py's runs."""
 
 from configs.study import clip, setting
 
@@ -7,7 +7,7 @@ from configs.study import clip, setting
 def get_study() -> setting.Study:
     return setting.Study(
         name="rates",
-        question="From how many clipped tokens on do GPPO and clip-higher differ?",
+        question="From which rate on do GPPO and clip-higher differ?",
         variants={
             f"{name}, {lr:g}": clip.CLIPS[name]
             | {"optim.peak_lr": lr, "optim.end_lr": lr}

@@ -73,7 +73,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.every = c.num_steps
     c.rewards.num_workers = 1
     c.checkpoint.every = 1_000  # The end alone.
-    c.guards.limits = ml_collections.ConfigDict()  # What they watch is what is studied.
+    # What guards watch is what is studied: a run that breaks goes on to its end, and counts.
+    c.guards.limits = ml_collections.ConfigDict()
+    c.guards.not_finite = "skip"
     return c
 
 
