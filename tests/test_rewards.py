@@ -14,6 +14,7 @@ import time
 import warnings
 from concurrent.futures import CancelledError
 
+import math_verify
 import math_verify.parser
 import pytest
 import sympy.core.random
@@ -208,6 +209,26 @@ def test_alarms_count_the_seconds_of_the_process_and_not_of_the_clock(monkeypatc
     assert math_reward.judge("\\boxed{5} beside other work", "5") == 1.0
     monkeypatch.setattr(math_verify.parser, "extract_target_from_pred", work)
     assert math_reward.judge("\\boxed{5} after long work", "5") == -1.0
+
+
+def test_without_a_limit_math_verify_is_as_it_was():
+    five = math_verify.parse("\\boxed{5}", parsing_timeout=None)
+    assert math_verify.verify(five, five, timeout_seconds=None)
+
+
+def test_alarms_leave_the_timer_of_others():
+    def heard(*_):
+        pytest.fail("it was far away")
+
+    before = signal.signal(signal.SIGPROF, heard)
+    signal.setitimer(signal.ITIMER_PROF, 1_000)
+    try:
+        assert math_reward.judge("\\boxed{5} beside a profiler", "5") == 1.0
+        assert signal.getsignal(signal.SIGPROF) is heard
+    finally:
+        left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert left == pytest.approx(1_000, abs=5)
 
 
 def test_alarms_are_not_logged():

@@ -34,9 +34,10 @@ def test_what_the_setting_was_chosen_on_is_not_compared():
     assert {study.sft_seed(seed) for seed in range(32)} == set(setting.SFT_SEEDS)
 
 
-def made_up(end, first=0.5, ratio=1.5):
+def made_up(end):
     none = {kind: [10, 0, 0.0, 0.0] for kind in study.KINDS}
     one, three = [10, 1, 0.5, np.log(0.5)], [10, 3, 0.5, np.log(0.5)]
+    masses = {f"grad_mass/{side}": [0.1, None, 0.3] for side in ("low", "high", "dual")}
     return {
         "cpu": "a 1 2",
         "seconds": 30.0 + 20 * end,
@@ -44,55 +45,81 @@ def made_up(end, first=0.5, ratio=1.5):
             "low": none | {"at once": one if end > 0.7 else three},
             "high": none,
         },
-        "metrics": {
-            "reward/correct": [first, 0.7],
-            "reward/any_correct": [0.75, 1.0],
-            "eval/avg@8": [None, end],
-            "entropy": [0.3, 0.1],
-            "grad_norm_max": [1.0, 2.0],
-            "ratio/max": [ratio, None],
-            **{
-                f"{name}/{side}": [0.1, 0.3 if side == "low" else 0.1]
-                for name in ("clip_movable", "grad_mass")
-                for side in ("low", "high")
-            },
+        "metrics": masses
+        | {
+            "reward/correct": [0.5, 0.7, 0.7],
+            "eval/avg@8": [None, None, end],
+            "entropy": [0.3, 0.1, None],  # The last step had no update.
+            "grad_norm_max": [1.0, 2.0, None],
+            "ratio/max": [1.5, 20.1, None],
+            "clip_movable/dual": [0.0, 0.01, None],
         },
     }
 
 
-def test_a_difference_is_to_the_first_of_the_same_rate():
-    names = ("a, low", "b, low", "a, high", "b, high")
-    one = setting.Study("x", "?", {key: {} for key in names}, seeds=range(1), paper="")
-    ends = dict(zip(names, (0.8, 0.7, 0.5, 0.6), strict=True))
-    runs = {(name, 0): made_up(end) for name, end in ends.items()}
-    found = [line.split(" | ")[4] for line in study_page.table(one, runs).splitlines()]
-    assert found[2:] == ["", "-10.0 (-10.0 to -10.0)", "", "+10.0 (+10.0 to +10.0)"]
-    assert "low: accuracy" in study_page.figure(one, runs)
+def cells(table):
+    """Variant -> what stands in its line."""
+    _, _, *lines = (line.strip("| ").split(" | ") for line in table.splitlines())
+    return {name: found for name, *found in lines}
 
 
-def test_a_table_by_hand():
-    one = setting.Study("x", "?", {"a": {}, "b": {}}, seeds=range(2), paper="")
-    runs = {
-        ("a", 0): made_up(0.8),
-        ("a", 4): made_up(0.6),  # From the same checkpoint.
-        ("b", 0): made_up(0.9),
-        ("b", 4): made_up(0.4),  # It began with 0.5.
+STARTS = {0: {"avg@8": 0.5}, 1: {"avg@8": 0.5}}
+
+
+def test_differences_are_paired_and_to_the_first_of_the_same_rate():
+    ends = {
+        "a, low": (0.8, 0.8, 0.8, 0.8),
+        "b, low": (0.7, 0.6, 0.4, 0.2),
+        "a, high": (0.5, 0.5, 0.5, 0.5),
+        "b, high": (0.6, 0.6, 0.6, 0.6),
     }
-    *_, a, b = study_page.table(one, runs).splitlines()
-    assert a.startswith(
-        "| a | 2 | 70.0 (60.0 to 80.0) | 14.1 |  | 0 | 0.100 | 2.0, inf |"
-    )
-    assert a.endswith("| 20.0%, 10.0% | 20.0%, 10.0% |")
-    assert b.startswith(
-        "| b | 2 | 65.0 (40.0 to 90.0) | 35.4 | -5.0 (-20.0 to +10.0) | 1 |"
-    )
-    assert "<svg" in study_page.figure(one, runs)
-    assert study_page.begin(runs) == (
-        "The SFT checkpoints begin with 50% (75%) right, of a prompt's eight samples at least "
-        "one in brackets. A run takes 44 s (median) on one core. CPU: a 1 2."
-    )
-    *_, a, b = study_page.kinds(one, runs).splitlines()
-    assert a == "| a | 20.0%, 0.50 | 0% | 0% | 0% | 0% | 0% | 0% | 0% |"
+    seeds = (0, 4, 1, 5)  # Two from each of two checkpoints.
+    runs = {
+        name: dict(zip(seeds, map(made_up, found), strict=True))
+        for name, found in ends.items()
+    }
+    table = study_page.outcomes(runs, STARTS)
+    one = setting.Study("x", "?", dict(zip(ends, [{}] * 4, strict=True)), range(6), "")
+    assert "low: accuracy" in study_page.figure(one, runs)
+    found = cells(table)
+    assert found["a, low"][2:6] == found["a, high"][2:6] == [""] * 4
+    # -10, -20 and -40, -60: means -15 and -50, and 12.7 = t(1 degree of freedom) x 17.5.
+    mean, each, other, would_show = found["b, low"][2:6]
+    # Both of a checkpoint the lower run, in 1 of 16 draws: sqrt(2) x (5 + 10) / 2 below.
+    assert mean == "-32.5 (-43.1 to -21.9)"
+    assert each == "-15.0, -50.0" and other == "-254.9 to +189.9"
+    # Within: (2 x 5^2 + 2 x 10^2) / 2 = 125; sqrt(125 / 4) = 5.59; t: 4.303 + 1.061.
+    assert would_show == "30.0"
+    assert found["b, low"][6:] == ["2", "1"]
+    assert found["b, high"][2:4] == ["+10.0 (+10.0 to +10.0)", "+10.0, +10.0"]
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    """Of runs that differ by checkpoint: for these checkpoints, 95 of 100 times."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        values = {seed: seed % 4 + rng.normal() for seed in range(32)}
+        low, high = (
+            study_page.interval(values, "{:.4f}").split("(")[1][:-1].split(" to ")
+        )
+        held += float(low) < 150 < float(high)
+    assert 182 <= held <= 198
+
+
+def test_how_runs_went_by_hand():
+    runs = {"a": {0: made_up(0.8), 4: made_up(0.6)}}
+    assert cells(study_page.courses(runs))["a"] == [
+        "14.1",
+        "0.100",
+        "2.0",
+        "20",
+        "2",  # One of each run.
+        "2.5%, 0%, 0.5%",
+        "20%, 20%, 20%",
+    ]
+    assert cells(study_page.kinds(runs))["a"] == ["20.0%, 0.50"] + ["0%"] * 7
+    assert study_page.machines(runs).startswith("2 runs, 44 s each")
 
 
 def test_what_two_studies_share_is_run_once(tmp_path, monkeypatch):
@@ -117,8 +144,9 @@ def test_a_line_that_was_cut_off_is_not_a_run(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"variant": "a", "seed": 0}\n{"variant": "b", "se')
     assert list(study.read(file)) == [("a", 0)]
+    assert file.read_text().endswith('"se')  # Another process may be writing it.
+    study.cut_tail(file)
     assert file.read_text() == '{"variant": "a", "seed": 0}\n'
-    assert study.read(tmp_path / "none") == {}
     assert (
         np.isclose(study.round_(0.123456789), 0.123457) and study.round_(None) is None
     )

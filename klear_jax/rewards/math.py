@@ -27,24 +27,27 @@ from klear_jax.errors import InputError
 _ALARM_S = 5
 
 
-def _alarm(timeout_seconds: int) -> Callable[..., Any]:
-    """Takes the place of math-verify's decorator: seconds of this process, not of the clock.
-
-    By the clock, a busy machine makes a right answer wrong.
+def _alarm(timeout_seconds: float | None) -> Callable[..., Any]:
+    """Takes the place of math-verify's decorator: CPU seconds of this process (all its threads;
+    the pool's workers have one), not of the clock, by which a busy machine makes a right answer
+    wrong. What waits without computing is left to the pool's own limit.
     """
+    if not timeout_seconds or timeout_seconds <= 0:
+        return lambda function: function
 
     def ring(*_: object) -> None:
         raise math_verify.errors.TimeoutException
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = signal.signal(signal.SIGPROF, ring)
-            signal.setitimer(signal.ITIMER_PROF, timeout_seconds)
+            handler = signal.signal(signal.SIGPROF, ring)
+            timer = signal.setitimer(signal.ITIMER_PROF, timeout_seconds)
             try:
                 return function(*args, **kwargs)
             finally:
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                signal.signal(signal.SIGPROF, before)
+                signal.setitimer(signal.ITIMER_PROF, *timer)
+                if handler is not None:  # One that Python knows.
+                    signal.signal(signal.SIGPROF, handler)
 
         return call
 

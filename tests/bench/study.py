@@ -1,13 +1,13 @@
 """Runs a study of configs/study: every variant on every seed, two runs at a time.
 
     python -m tests.bench.study --study=clip [--workers=2] [--variants="A;B"] [--seeds=0,1]
-    python -m tests.bench.study --study=clip --check="VARIANT;SEED"   # the same bits again
+    python -m tests.bench.study --study=clip --check="VARIANT;SEED"   # the same again?
 
 A run that is recorded in configs/study/results, for this study or another that has the same
 variant, is not done again; each is written to STUDY.jsonl there as it ends: metrics of every
 step, and of the evaluation. A worker has a core to itself, and keeps its programs from run to
-run. SFT checkpoints lie in runs/study, made when they are missing. On another kind of CPU, the
-bits are others.
+run. SFT checkpoints lie in runs/study, made when they are missing; what each can do, on the
+problems that runs are measured on, is in starts.json. On another kind of CPU, the bits are others.
 """
 
 import argparse
@@ -29,12 +29,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from configs.study import setting
-from klear_jax import config, losses, tokens, train
+from klear_jax import config, evaluate, losses, tokens, train
 
 RESULTS = pathlib.Path("configs/study/results")
 KEPT = """
@@ -42,7 +41,7 @@ KEPT = """
     clip/low clip/high clip/dual clip_movable/low clip_movable/high clip_movable/dual
     clip/movable_tokens grad_mass/low grad_mass/high grad_mass/dual samples/length
     samples/truncated samples/groups_used logprob_gap/mean updates eval/avg@8 eval/greedy
-    eval/pass@8 eval/length
+    eval/pass@8 eval/length updates_skipped
 """.split()
 KINDS = ("at once", "think", "chain", "answer")
 # As launch/setup.sh: memory that is given back to the kernel must be had again at every step.
@@ -59,7 +58,7 @@ RUNS_A_WORKER = 16
 def begin_worker(core: int) -> None:
     """Before JAX computes: on how many threads a product is computed shows in its bits."""
     os.sched_setaffinity(0, {core})
-    jax.config.update("jax_platforms", "cpu")
+    config.stay_on_cpu()
     config.keep_programs()
     config.trim_after_compilations()
 
@@ -161,9 +160,16 @@ def _summary(moved, side: str, low: float, high: float) -> list[float]:
     return [len(moved), len(beyond), *map(round_, means)]
 
 
-def make_sft(seed: int) -> None:
-    """The checkpoint, if it is missing; what was begun goes on."""
-    train_as(setting.get_sft_config(seed))
+def make_sft(seed: int) -> dict:
+    """The checkpoint, if it is missing (what was begun goes on), and what it can do."""
+    c = setting.get_sft_config(seed)
+    train_as(c)
+    output = pathlib.Path(c.workdir) / "evaluation.json"
+    flags = ("--config=configs/study/setting.py", f"--output={output}")
+    evaluate.main(["evaluate", *flags, f"--model={c.workdir}"])
+    found = json.loads(output.read_text())
+    kept = {name: found[name] for name in ("avg@8", "pass@8", "greedy", "length")}
+    return {"seed": seed, "cpu": cpu()} | kept
 
 
 def train_as(c: ml_collections.ConfigDict) -> None:
@@ -188,7 +194,7 @@ def main() -> None:
     file = RESULTS / f"{study.name}.jsonl"
     known = recorded(study)
     variants = flags.variants.split(";") if flags.variants else list(study.variants)
-    seeds = map(int, flags.seeds.split(",")) if flags.seeds else study.seeds
+    seeds = list(map(int, flags.seeds.split(","))) if flags.seeds else study.seeds
     cells = [
         (variant, seed)
         for seed, variant in itertools.product(seeds, variants)
@@ -196,10 +202,19 @@ def main() -> None:
     ]
     if flags.check:
         variant, _, seed = flags.check.rpartition(";")
-        cells = [(variant, int(seed))]
+        cells, variants, seeds = [(variant, int(seed))], [variant], [int(seed)]
+        if cells[0] not in known:
+            sys.exit(f"error: {flags.check} of {study.name} is not recorded")
+    for name, asked, there_are in (
+        ("variants", variants, study.variants),
+        ("seeds", seeds, study.seeds),
+    ):
+        if wrong := [one for one in asked if one not in there_are]:
+            sys.exit(f"error: {name} {wrong}: the study has {list(there_are)}")
     make_problems = ("klear_jax.prepare_data", *setting.DATA_FLAGS)
     subprocess.run([sys.executable, "-m", *make_problems], check=True)
     file.parent.mkdir(parents=True, exist_ok=True)
+    check_setting()
     os.environ |= MALLOC
     with begin_workers(flags.workers) as pool:
         list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
@@ -248,6 +263,35 @@ def load(name: str) -> setting.Study:
     return importlib.import_module(f"configs.study.{name}").get_study()
 
 
+def record_starts(found: list[dict]) -> None:
+    rows = starts() | {row["seed"]: row for row in found}
+    text = json.dumps([rows[seed] for seed in sorted(rows)], indent=1)
+    (RESULTS / "starts.json").write_text(text + "\n")
+
+
+def starts() -> dict[int, dict]:
+    """What is recorded of each SFT checkpoint, by its seed."""
+    file = RESULTS / "starts.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    return {row["seed"]: row for row in rows}
+
+
+def check_setting() -> None:
+    """All that is recorded is of one setting, which is recorded, too."""
+    file = RESULTS / "setting.json"
+    now = json.loads(setting.get_config().to_json_best_effort())
+    if not file.exists():
+        file.write_text(json.dumps(now, indent=1) + "\n")
+    then = json.loads(file.read_text())
+    if other := [
+        key for key in now.keys() | then.keys() if now.get(key) != then.get(key)
+    ]:
+        sys.exit(
+            f"error: {sorted(other)} of the config are others than in {file}, of which all "
+            "recorded runs are; for another setting, move its folder away"
+        )
+
+
 def recorded(study: setting.Study) -> dict[tuple[str, int], dict]:
     """Its runs, by variant and seed, whichever study they were run for."""
     found = {}
@@ -274,15 +318,16 @@ def what_differs(values: Mapping[str, Any]) -> frozenset:
 
 
 def read(file: pathlib.Path) -> dict[tuple[str, int], dict]:
-    """The recorded runs, by variant and seed; a line that a kill cut off is cut away."""
-    if not file.exists():
-        return {}
+    """The recorded runs, by variant and seed, without a line that is not whole yet."""
     text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole)
-    rows = map(json.loads, whole.splitlines())
+    rows = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return {(row["variant"], row["seed"]): row for row in rows}
+
+
+def cut_tail(file: pathlib.Path) -> None:
+    """A line that a kill cut off."""
+    if file.exists():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ Between `<!-- NAME -->` and `<!-- end -->` of the page stand the table and the f
 NAME, and what the paper has; what is around them is written by hand, and stays.
 """
 
+import itertools
 import pathlib
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from configs.study import setting
 from tests.bench import study
@@ -17,6 +21,7 @@ from tests.bench import study
 PAGE = pathlib.Path("configs/study/README.md")
 MEASURE = "eval/avg@8"
 BOOTSTRAP = 10_000
+Runs = dict[str, dict[int, dict]]  # Variant -> seed -> what is recorded of the run.
 COLORS = "#0969da #cf222e #8250df #1a7f37 #bf8700 #6e7781 #d4a72c #0a3069 #a40e26 #512a97".split()
 
 
@@ -26,124 +31,205 @@ def main() -> None:
         if name == "end":
             continue
         one = study.load(name)
-        runs = study.recorded(one)
+        found = study.recorded(one)
+        runs = {
+            variant: {
+                seed: run for (v, seed), run in sorted(found.items()) if v == variant
+            }
+            for variant in one.variants
+        }
+        runs = {variant: mine for variant, mine in runs.items() if mine}
         if not runs:
             continue
         (study.RESULTS / f"{one.name}.svg").write_text(figure(one, runs))
-        picture = f"![{one.question}](results/{one.name}.svg)"
-        paper = f"The paper: {one.paper}."
         part = "\n\n".join(
-            [table(one, runs), begin(runs), picture, paper, kinds(one, runs)]
+            (
+                outcomes(runs, study.starts()),
+                f"![{one.question}](results/{one.name}.svg)",
+                f"The paper: {one.paper}.",
+                courses(runs),
+                kinds(runs),
+                machines(runs),
+            )
         )
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda found, part=part: f"{found[1]}{part}\n{found[2]}",
+            lambda match, part=part: f"{match[1]}{part}\n{match[2]}",
             text,
             flags=re.DOTALL,
         )
     PAGE.write_text(text)
 
 
-def of_variant(runs: dict, variant: str) -> dict[int, dict]:
-    """The metrics of its runs, by seed."""
-    return {
-        seed: run["metrics"] for (v, seed), run in sorted(runs.items()) if v == variant
-    }
-
-
-def columns(one: setting.Study, runs: dict) -> dict[str, list[str]]:
-    """The variants that have run by their rate, which stands behind a comma."""
+def by_rate(runs: Runs) -> dict[str, list[str]]:
+    """The variants of each rate, which stands behind a comma; the first is the baseline."""
     found: dict[str, list[str]] = {}
-    for variant in one.variants:
-        if of_variant(runs, variant):
-            found.setdefault(variant.partition(", ")[2], []).append(variant)
+    for variant in runs:
+        found.setdefault(variant.partition(", ")[2], []).append(variant)
     return found
 
 
-def starts(runs: dict, name: str = "reward/correct") -> dict[int, float]:
-    """The accuracy of each SFT checkpoint: of the samples that all runs from it draw first."""
-    first: dict[int, list[float]] = {}
-    for (_, seed), run in runs.items():
-        found = first.setdefault(study.sft_seed(seed), [])
-        found.append(run["metrics"][name][0])
-    return {checkpoint: float(np.mean(values)) for checkpoint, values in first.items()}
+# ---- Tables
 
 
-def begin(runs: dict) -> str:
-    """A sentence: where the checkpoints began, on which machines, for how long."""
-    correct, any_correct = starts(runs), starts(runs, "reward/any_correct")
-    found = ", ".join(
-        f"{100 * correct[i]:.0f}% ({100 * any_correct[i]:.0f}%)"
-        for i in sorted(correct)
-    )
-    seconds = np.median([run["seconds"] for run in runs.values()])
-    cpus = ", ".join(sorted({run["cpu"] for run in runs.values()}))
-    return (
-        f"The SFT checkpoints begin with {found} right, of a prompt's eight samples at least one "
-        f"in brackets. A run takes {seconds:.0f} s (median) on one core. CPU: {cpus}."
-    )
+def outcomes(runs: Runs, starts: dict[int, dict]) -> str:
+    """A line a variant: how good, and how much better than the first of its rate."""
+    lines = [
+        (
+            "",
+            "runs",
+            "avg@8 at the end",
+            "minus the first, paired",
+            "of each checkpoint",
+            "for other checkpoints",
+            "would show",
+            "ended below the start",
+            "below half of it",
+        )
+    ]
+    for variants in by_rate(runs).values():
+        base = ends(runs[variants[0]])
+        for variant in variants:
+            mine = ends(runs[variant])
+            pairs = {seed: mine[seed] - base[seed] for seed in mine if seed in base}
+            less = ("", "", "", "") if variant == variants[0] else compared(pairs)
+            begun = {seed: starts[study.sft_seed(seed)]["avg@8"] for seed in mine}
+            lines.append(
+                (
+                    variant,
+                    len(mine),
+                    interval(mine, "{:.1f}"),
+                    *less,
+                    sum(mine[seed] < begun[seed] for seed in mine),
+                    sum(mine[seed] < begun[seed] / 2 for seed in mine),
+                )
+            )
+    return markdown(lines)
 
 
-def table(one: setting.Study, runs: dict) -> str:
-    """A line a variant: how good, how sure, how much better than the first of its rate, how it
-    went."""
+def ends(mine: dict[int, dict]) -> dict[int, float]:
+    return {seed: run["metrics"][MEASURE][-1] for seed, run in mine.items()}
+
+
+def compared(pairs: dict[int, float]) -> tuple[str, str, str, str]:
+    """The difference with its interval for these checkpoints, of each of them, with its interval
+    for others, and the least that so many pairs would show four times of five."""
+    means = 100 * np.array([x.mean() for x in strata(pairs)])
+    k = len(means)
+    other = would_show = ""
+    if k > 1:
+        half = stats.t.ppf(0.975, k - 1) * means.std(ddof=1) / np.sqrt(k)
+        other = f"{means.mean() - half:+.1f} to {means.mean() + half:+.1f}"
+    freedom = len(pairs) - k
+    if freedom > 0:
+        squares = sum(((x - x.mean()) ** 2).sum() for x in strata(pairs))
+        error = 100 * np.sqrt(squares / freedom / len(pairs))
+        would_show = f"{stats.t.ppf([0.975, 0.8], freedom).sum() * error:.1f}"
+    each = ", ".join(f"{x:+.1f}" for x in means)
+    return interval(pairs, "{:+.1f}"), each, other, would_show
+
+
+def strata(values: dict[int, float]) -> list[np.ndarray]:
+    """The values of each SFT checkpoint's seeds."""
+    found: dict[int, list[float]] = {}
+    for seed, value in values.items():
+        found.setdefault(study.sft_seed(seed), []).append(value)
+    return [np.array(found[checkpoint]) for checkpoint in sorted(found)]
+
+
+def interval(values: dict[int, float], form: str) -> str:
+    """The mean over checkpoints in percent, with its 95% bootstrap interval over the runs of
+    each of them."""
+    rng = np.random.default_rng(0)
+    means = np.zeros(BOOTSTRAP)
+    for x in strata(values):
+        drawn = rng.choice(x, (BOOTSTRAP, len(x))).mean(axis=1)
+        # Drawn from n runs, a mean spreads too little, by (n - 1) / n.
+        wider = np.sqrt(len(x) / max(len(x) - 1, 1))
+        means += x.mean() + wider * (drawn - x.mean())
+    means *= 100 / len(strata(values))
+    mean = 100 * np.mean([x.mean() for x in strata(values)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return f"{form.format(mean)} ({form.format(low)} to {form.format(high)})"
+
+
+def courses(runs: Runs) -> str:
+    """A line a variant: how its runs went."""
     head = (
         "",
-        "runs",
-        "avg@8 at the end",
-        "sd within a checkpoint",
-        "less the first, paired",
-        "collapsed",
-        "entropy",
-        "largest gradient, ratio (median)",
-        "clipped low, high",
-        "gradient mass low, high",
+        "sd of runs from one checkpoint",
+        "entropy in the last step",
+        "largest gradient norm",
+        "largest ratio, at most",
+        "steps without an update",
+        "clipped: low, high, dual",
+        "gradient mass: low, high, dual",
     )
-    begun = starts(runs)
-    lines = [head, ("---",) * len(head)]
-    for variants in columns(one, runs).values():
-        base = of_variant(runs, variants[0])
-        for variant in variants:
-            mine = base if variant == variants[0] else of_variant(runs, variant)
-            lines.append(row(variant, mine, base, begun))
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    lines = [head]
+    for variant, mine in runs.items():
+        metrics = [run["metrics"] for run in mine.values()]
+        spread = np.sqrt(
+            np.mean([x.var(ddof=min(1, len(x) - 1)) for x in strata(ends(mine))])
+        )
+        lines.append(
+            (
+                variant,
+                f"{100 * spread:.1f}",
+                f"{np.median([numbers(m, 'entropy')[-1] for m in metrics]):.3f}",
+                f"{np.median([numbers(m, 'grad_norm_max').max() for m in metrics]):.1f}",
+                f"{np.median([numbers(m, 'ratio/max').max() for m in metrics]):.0f}",
+                sum(m["entropy"].count(None) for m in metrics),
+                clipped(mine, metrics),
+                percents(
+                    np.mean([numbers(m, f"grad_mass/{side}").mean() for m in metrics])
+                    for side in ("low", "high", "dual")
+                ),
+            )
+        )
+    return markdown(lines)
 
 
-def row(variant: str, mine: dict, base: dict, begun: dict[int, float]) -> tuple:
-    ends = {seed: metrics[MEASURE][-1] for seed, metrics in mine.items()}
-    both = sorted(ends.keys() & base.keys())
-    pairs = np.array([ends[seed] - base[seed][MEASURE][-1] for seed in both])
-    collapsed = sum(end < begun[study.sft_seed(seed)] for seed, end in ends.items())
-    less = "" if mine is base or not pairs.any() else interval(pairs)
-    return (
-        variant,
-        len(mine),
-        interval(np.array(list(ends.values())), signed=False),
-        spread(ends),
-        less,
-        collapsed,
-        f"{median(mine, 'entropy', lambda x: x[-1]):.3f}",
-        f"{median(mine, 'grad_norm_max', max):.1f}, {median(mine, 'ratio/max', max):.1f}",
-        shares(mine, "clip_movable"),
-        shares(mine, "grad_mass"),
-    )
+def numbers(metrics: dict, name: str) -> np.ndarray:
+    """Of all steps that had an update."""
+    return np.array([x for x in metrics[name] if x is not None])
 
 
-def kinds(one: setting.Study, runs: dict) -> str:
+def clipped(mine: dict[int, dict], metrics: list[dict]) -> str:
+    """Shares of the tokens that could move, the same way for all losses: low of A < 0, high of
+    A > 0 (CISPO clips both at both bounds)."""
+    found = [
+        np.array(
+            [
+                run["clipped"][side][kind]
+                for run in mine.values()
+                for kind in study.KINDS
+            ]
+        )
+        for side in ("low", "high")
+    ]
+    movable = sum(x[:, 0].sum() for x in found)
+    dual = np.mean([numbers(m, "clip_movable/dual").mean() for m in metrics])
+    return percents([*(x[:, 1].sum() / movable for x in found), dual])
+
+
+def percents(shares: Iterable[float]) -> str:
+    return ", ".join(f"{100 * x:.2g}%" for x in shares)
+
+
+def kinds(runs: Runs) -> str:
     """A line a variant: of each kind of token that could move, which share was beyond the
     bound, and the mean ratio (geometric) of these."""
-    head = [f"{side}: {kind}" for side in ("low", "high") for kind in study.KINDS]
-    lines = [["", *head], ["---"] * (1 + len(head))]
-    for variant in one.variants:
-        mine = [run["clipped"] for (name, _), run in runs.items() if name == variant]
-        if mine:
-            cells = (
-                beyond([run[side][kind] for run in mine])
-                for side in ("low", "high")
-                for kind in study.KINDS
-            )
-            lines.append([variant, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [
+        ["", *(f"{side}: {kind}" for side in ("low", "high") for kind in study.KINDS)]
+    ]
+    for variant, mine in runs.items():
+        cells = (
+            beyond([run["clipped"][side][kind] for run in mine.values()])
+            for side in ("low", "high")
+            for kind in study.KINDS
+        )
+        lines.append([variant, *cells])
+    return markdown(lines)
 
 
 def beyond(found: list[list[float]]) -> str:
@@ -155,46 +241,18 @@ def beyond(found: list[list[float]]) -> str:
     return f"{100 * count.sum() / moved.sum():.1f}%, {ratio:.2f}"
 
 
-def interval(values: np.ndarray, *, signed: bool = True) -> str:
-    """The mean in percent, with its 95% bootstrap interval over runs."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (BOOTSTRAP, len(values))).mean(axis=1)
-    sign = "+" if signed else ""
-    low, high = np.percentile(100 * means, [2.5, 97.5])
-    return f"{100 * values.mean():{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+def machines(runs: Runs) -> str:
+    """A sentence: on which machines, for how long."""
+    every = [run for mine in runs.values() for run in mine.values()]
+    cpus = ", ".join(sorted({run["cpu"] for run in every}))
+    seconds = np.median([run["seconds"] for run in every])
+    return f"{len(every)} runs, {seconds:.0f} s each (median) on one core; CPU: {cpus}."
 
 
-def spread(ends: dict[int, float]) -> str:
-    """The standard deviation in percent of runs from the same checkpoint."""
-    of: dict[int, list[float]] = {}
-    for seed, end in ends.items():
-        of.setdefault(study.sft_seed(seed), []).append(end)
-    squares = sum(np.var(found) * len(found) for found in of.values())
-    freedom = len(ends) - len(of)
-    return f"{100 * np.sqrt(squares / freedom):.1f}" if freedom else ""
-
-
-def median(mine: dict, name: str, over_steps) -> float:
-    """Over the runs, of a number each; what is no number counts as infinite."""
-    found = []
-    for metrics in mine.values():
-        values = [np.inf if x is None else x for x in metrics[name]]
-        found.append(over_steps(values))
-    return float(np.median(found))
-
-
-def shares(mine: dict, name: str) -> str:
-    """Low and high, mean over steps and runs."""
-    found = [
-        np.nanmean(
-            [
-                np.nanmean([np.nan if x is None else x for x in m[f"{name}/{side}"]])
-                for m in mine.values()
-            ]
-        )
-        for side in ("low", "high")
-    ]
-    return ", ".join(f"{100 * x:.1f}%" for x in found)
+def markdown(lines: Sequence[Sequence[Any]]) -> str:
+    head, *rest = lines
+    lines = [head, ["---"] * len(head), *rest]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # ---- The figure: a panel for each learning rate, accuracy above and entropy below.
@@ -214,9 +272,9 @@ path { fill: none; stroke-width: 2; stroke-linejoin: round }
 """
 
 
-def figure(one: setting.Study, runs: dict) -> str:
+def figure(one: setting.Study, runs: Runs) -> str:
     """Means over the runs of each variant, step by step, with the middle half of the runs."""
-    rates = columns(one, runs)
+    rates = by_rate(runs)
     width = len(rates) * (LEFT + WIDTH + 20)
     bottom = TOP + len(CURVES) * (HEIGHT + TOP)
     height = bottom + 18 * max(map(len, rates.values()))
@@ -228,9 +286,8 @@ def figure(one: setting.Study, runs: dict) -> str:
     ]
     for row, (metric, label) in enumerate(CURVES.items()):
         found = {
-            variant: np.array([m[metric] for m in of_variant(runs, variant).values()])
-            for variants in rates.values()
-            for variant in variants
+            variant: np.array([filled(run["metrics"][metric]) for run in mine.values()])
+            for variant, mine in runs.items()
         }
         # One scale for all columns, so that they can be compared.
         most = max(np.percentile(x, 75, axis=0).max() for x in found.values())
@@ -243,6 +300,13 @@ def figure(one: setting.Study, runs: dict) -> str:
         names = [variant.partition(", ")[0] for variant in variants]
         parts += legend(LEFT + n * (LEFT + WIDTH + 20), bottom, names)
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def filled(values: list[float | None]) -> list[float]:
+    """A step without an update left the policy, and so its entropy, as it was."""
+    return list(
+        itertools.accumulate(values, lambda old, new: old if new is None else new)
+    )
 
 
 def nice(value: float) -> float:
