@@ -63,7 +63,7 @@ def cells(table):
     return {name: found for name, *found in lines}
 
 
-STARTS = {0: {"avg@8": 0.5}, 1: {"avg@8": 0.5}}
+STARTS = {seed: {"avg@8": 0.5, "pass@8": 0.9} for seed in (0, 1)}
 
 
 def test_differences_are_paired_and_to_the_first_of_the_same_rate():
@@ -119,7 +119,10 @@ def test_how_runs_went_by_hand():
         "20%, 20%, 20%",
     ]
     assert cells(study_page.kinds(runs))["a"] == ["20.0%, 0.50"] + ["0%"] * 7
-    assert study_page.machines(runs).startswith("2 runs, 44 s each")
+    assert study_page.begin(runs, STARTS) == (
+        "2 runs of 44 s (median) on one core, from checkpoints whose avg@8 (pass@8) is 50 (90). "
+        "CPU: a 1 2."
+    )
 
 
 def test_what_two_studies_share_is_run_once(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 import numpy as np
@@ -217,23 +217,34 @@ def main() -> None:
     check_setting()
     os.environ |= MALLOC
     with begin_workers(flags.workers) as pool:
-        list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
+        begun = list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
     if flags.check:
-        (again,) = rows_of(study, cells, 1)
-        before = known[cells[0]]
-        # All that was recorded then; a later row may hold more.
-        now = {name: again["metrics"].get(name) for name in before["metrics"]}
-        same = (now, again["clipped"]) == (before["metrics"], before["clipped"])
-        print(
-            "the same" if same else "ANOTHER",
-            f"on {again['cpu']}; then {before['cpu']}",
-        )
-        return
-    size = RUNS_A_WORKER * flags.workers
+        check(study, cells[0], known[cells[0]])
+    record_starts(begun)
+    record(study, cells, file, flags.workers)
+
+
+def check(study: setting.Study, cell: tuple[str, int], before: dict) -> NoReturn:
+    """Runs it again, and ends with 1 if it is not the same."""
+    (again,) = rows_of(study, [cell], 1)
+    # All that was recorded then; a later row may hold more.
+    now = {name: again["metrics"].get(name) for name in before["metrics"]}
+    same = (now, again["clipped"]) == (before["metrics"], before["clipped"])
+    verdict = "the same" if same else "ANOTHER"
+    print(f"{verdict}, on {again['cpu']}; then {before['cpu']}")
+    sys.exit(not same)
+
+
+def record(
+    study: setting.Study, cells: list, file: pathlib.Path, num_workers: int
+) -> None:
+    """Runs them all, a line of the file each as it ends."""
+    size = RUNS_A_WORKER * num_workers
+    cut_tail(file)
     with file.open("a") as out:
         for start in range(0, len(cells), size):
             some = cells[start : start + size]
-            for n, row in enumerate(rows_of(study, some, flags.workers), start + 1):
+            for n, row in enumerate(rows_of(study, some, num_workers), start + 1):
                 out.write(json.dumps(row) + "\n")
                 out.flush()
                 os.fsync(out.fileno())

@@ -49,7 +49,7 @@ def main() -> None:
                 f"The paper: {one.paper}.",
                 courses(runs),
                 kinds(runs),
-                machines(runs),
+                begin(runs, study.starts()),
             )
         )
         text = re.sub(
@@ -241,12 +241,20 @@ def beyond(found: list[list[float]]) -> str:
     return f"{100 * count.sum() / moved.sum():.1f}%, {ratio:.2f}"
 
 
-def machines(runs: Runs) -> str:
-    """A sentence: on which machines, for how long."""
+def begin(runs: Runs, starts: dict[int, dict]) -> str:
+    """How many runs, where they began, on which machines, for how long."""
     every = [run for mine in runs.values() for run in mine.values()]
     cpus = ", ".join(sorted({run["cpu"] for run in every}))
     seconds = np.median([run["seconds"] for run in every])
-    return f"{len(every)} runs, {seconds:.0f} s each (median) on one core; CPU: {cpus}."
+    used = sorted({study.sft_seed(seed) for mine in runs.values() for seed in mine})
+    found = ", ".join(
+        f"{100 * starts[i]['avg@8']:.0f} ({100 * starts[i]['pass@8']:.0f})"
+        for i in used
+    )
+    return (
+        f"{len(every)} runs of {seconds:.0f} s (median) on one core, from checkpoints whose avg@8 "
+        f"(pass@8) is {found}. CPU: {cpus}."
+    )
 
 
 def markdown(lines: Sequence[Sequence[Any]]) -> str:
