@@ -11,27 +11,31 @@ from klear_jax import train
 from tests.bench import study, study_page
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "study"
-NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - {"setting"})
+SETTINGS = {"setting", "programs"}
+NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - SETTINGS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_is_a_config_of_its_own(name):
     one = study.load(name)
-    assert one.name == name and len(one.seeds) >= 8
+    assert one.name == name and len(one.seeds) >= 4
     found = []
     for variant in one.variants:
         task, parsed = train.parse(study.config_of(one, variant, seed=5).to_dict())
         assert task == "gppo"
-        assert parsed.seed == 5 and parsed.init_from == "runs/study/sft_1"
+        sft = {"setting": "sft_1", "programs": "sft_code_1"}[one.setting]
+        assert parsed.seed == 5 and parsed.init_from == f"runs/study/{sft}"
         assert parsed not in found, variant
         found.append(parsed)
 
 
 def test_what_the_setting_was_chosen_on_is_not_compared():
-    assert not set(setting.SFT_SEEDS) & set(setting.EXPLORING_SFT_SEEDS)
-    seeds = {study.sft_seed(seed) for seed in setting.EXPLORING_SEEDS}
-    assert seeds == set(setting.EXPLORING_SFT_SEEDS)
-    assert {study.sft_seed(seed) for seed in range(32)} == set(setting.SFT_SEEDS)
+    compared, exploring, others = (
+        {study.sft_seed(seed) for seed in seeds}
+        for seeds in (range(32), setting.EXPLORING_SEEDS, setting.OTHER_SEEDS)
+    )
+    assert compared == {0, 1, 2, 3} and exploring == {100, 101} and len(others) == 12
+    assert not others & (compared | exploring)
 
 
 def made_up(end):
@@ -135,11 +139,14 @@ def test_what_two_studies_share_is_run_once(tmp_path, monkeypatch):
     assert found == {
         "alpha": {("alpha 0.1, high", 3)},
         "beta_low": {("beta_low 1", 3), ("beta_low 1", 30)},
+        "checkpoints": set(),
         "clip": {("gppo, high", 3), ("gppo, high", 30), ("cispo, high", 3)},
         "dual": {("dual 10", 3), ("dual 3", 3)},
         "explore": set(),
+        "explore_soft": set(),
         "filter": set(),
         "rates": {("gppo, 0.0005", 3)},
+        "soft": set(),
     }
 
 

@@ -1,6 +1,7 @@
-"""What all studies run: gppo_tiny with fewer prompts and more updates, so that the clip bites.
+"""What the studies run: gppo_tiny with fewer prompts and more updates, so that the clip bites.
 
-`python -m tests.bench.study` runs them; README.md has what they showed.
+`python -m tests.bench.study` runs them; README.md has what they showed. The study of code rewards
+runs what is in programs.py.
 """
 
 import dataclasses
@@ -11,9 +12,15 @@ import ml_collections
 
 from configs import gppo_tiny, sft_tiny
 
-SFT_SEEDS = (0, 1, 2, 3)  # Of the checkpoints that all variants start from.
-EXPLORING_SFT_SEEDS = (100, 101)  # Of those on which this setting was chosen.
-EXPLORING_SEEDS = range(1_000, 1_008)
+SEEDS = range(1_000)  # Of runs that are compared;
+EXPLORING_SEEDS = range(1_000, 1_008)  # of those on which the settings were chosen;
+OTHER_SEEDS = range(2_000, 2_024)  # and of those that ask whether it holds elsewhere.
+# Of the SFT checkpoints that the runs of these seeds start from, in turn.
+SFT_SEEDS = {
+    SEEDS: (0, 1, 2, 3),
+    EXPLORING_SEEDS: (100, 101),
+    OTHER_SEEDS: tuple(range(200, 212)),
+}
 SAFE_LR, HIGH_LR = 3e-4, 5e-4  # Chosen on clip-higher alone: explore.py, and README.md.
 # Of prepare_data: two of three demonstrations answer at once, so that SFT leaves a model that
 # thinks seldom.
@@ -31,6 +38,7 @@ class Study:
         baseline.
       seeds: of the runs of each variant; see `study.sft_seed` for where each starts.
       paper: what the paper has beside it.
+      setting: the module here whose configs its runs have, but for their variant's values.
     """
 
     name: str
@@ -38,6 +46,7 @@ class Study:
     variants: Mapping[str, Mapping[str, Any]]
     seeds: range
     paper: str
+    setting: str = "setting"
 
 
 def get_sft_config(seed: int) -> ml_collections.ConfigDict:
@@ -53,9 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Of a run, but for its seed, its checkpoint, and what its variant says."""
     c = gppo_tiny.get_config()
     _use_data(c)
-    # What variants change, in full: GPPO as in the paper, whatever gppo_tiny has.
-    c.loss.kind, c.loss.dual_clip, c.loss.positive_coef = "gppo", 10.0, 0.1
-    c.loss.beta_low, c.loss.beta_high, c.loss.beta_dual = 1.0, 1.0, 0.0
+    study(c)
     c.rollout.prompts = 32
     c.rollout.max_groups = 32
     c.rollout.token_groups = 32  # All: which tokens are clipped is recorded.
@@ -63,20 +70,25 @@ def get_config() -> ml_collections.ConfigDict:
     c.micro_rows = 8
     c.rollout.max_prompt_tokens = c.evaluation.max_prompt_tokens = 20
     c.rollout.max_new_tokens = c.evaluation.max_new_tokens = 44
-    c.num_steps = 16
+    c.num_steps = c.evaluation.every = 16
     c.optim.warmup_steps = 2
     c.optim.peak_lr = c.optim.end_lr = SAFE_LR
     c.sampler.num_slots = 256
     c.evaluation.num_problems = 256
     c.evaluation.num_samples = 8
-    # At the end; the samples of each step tell the way there.
-    c.evaluation.every = c.num_steps
+    return c
+
+
+def study(c: ml_collections.ConfigDict) -> None:
+    """What holds for the runs of all settings."""
+    # What variants change, in full: GPPO as in the paper, whatever the tiny configs have.
+    c.loss.kind, c.loss.dual_clip, c.loss.positive_coef = "gppo", 10.0, 0.1
+    c.loss.beta_low, c.loss.beta_high, c.loss.beta_dual = 1.0, 1.0, 0.0
     c.rewards.num_workers = 1
     c.checkpoint.every = 1_000  # The end alone.
     # What guards watch is what is studied: a run that breaks goes on to its end, and counts.
     c.guards.limits = ml_collections.ConfigDict()
     c.guards.not_finite = "skip"
-    return c
 
 
 def _use_data(c: ml_collections.ConfigDict) -> None:

@@ -7,7 +7,8 @@ A run that is recorded in configs/study/results, for this study or another that 
 variant, is not done again; each is written to STUDY.jsonl there as it ends: metrics of every
 step, and of the evaluation. A worker has a core to itself, and keeps its programs from run to
 run. SFT checkpoints lie in runs/study, made when they are missing; what each can do, on the
-problems that runs are measured on, is in starts.json. On another kind of CPU, the bits are others.
+problems that runs are measured on, is in SETTING_starts.json. On another kind of CPU, the bits
+are others.
 """
 
 import argparse
@@ -26,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import types
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import ml_collections
@@ -68,19 +70,18 @@ def begin_one_of(cores) -> None:
 
 
 def config_of(study: setting.Study, variant: str, seed: int):
-    c = setting.get_config()
+    base = module(study.setting)
+    c = base.get_config()
     c.update_from_flattened_dict(study.variants[variant])
     c.seed = seed
-    c.init_from = setting.get_sft_config(sft_seed(seed)).workdir
+    c.init_from = base.get_sft_config(sft_seed(seed)).workdir
     return c
 
 
 def sft_seed(seed: int) -> int:
-    """Of the checkpoint that a run of this seed begins with."""
-    seeds = setting.SFT_SEEDS
-    if seed in setting.EXPLORING_SEEDS:
-        seeds = setting.EXPLORING_SFT_SEEDS
-    return seeds[seed % len(seeds)]
+    """Of the checkpoint that a run of this seed starts from."""
+    [found] = [sft for seeds, sft in setting.SFT_SEEDS.items() if seed in seeds]
+    return found[seed % len(found)]
 
 
 def run(study: setting.Study, variant: str, seed: int) -> dict:
@@ -160,12 +161,17 @@ def _summary(moved, side: str, low: float, high: float) -> list[float]:
     return [len(moved), len(beyond), *map(round_, means)]
 
 
-def make_sft(seed: int) -> dict:
-    """The checkpoint, if it is missing (what was begun goes on), and what it can do."""
-    c = setting.get_sft_config(seed)
+def make_sft(name: str, seed: int) -> dict:
+    """The checkpoint, if it is missing (what was begun goes on), and what it can do.
+
+    Args:
+        name: of the setting.
+        seed: of the checkpoint.
+    """
+    c = module(name).get_sft_config(seed)
     train_as(c)
     output = pathlib.Path(c.workdir) / "evaluation.json"
-    flags = ("--config=configs/study/setting.py", f"--output={output}")
+    flags = (f"--config=configs/study/{name}.py", f"--output={output}")
     evaluate.main(["evaluate", *flags, f"--model={c.workdir}"])
     found = json.loads(output.read_text())
     kept = {name: found[name] for name in ("avg@8", "pass@8", "greedy", "length")}
@@ -211,16 +217,17 @@ def main() -> None:
     ):
         if wrong := [one for one in asked if one not in there_are]:
             sys.exit(f"error: {name} {wrong}: the study has {list(there_are)}")
-    make_problems = ("klear_jax.prepare_data", *setting.DATA_FLAGS)
+    make_problems = ("klear_jax.prepare_data", *module(study.setting).DATA_FLAGS)
     subprocess.run([sys.executable, "-m", *make_problems], check=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    check_setting()
+    check_setting(study.setting)
     os.environ |= MALLOC
     with begin_workers(flags.workers) as pool:
-        begun = list(pool.map(make_sft, sorted({sft_seed(seed) for _, seed in cells})))
+        needed = sorted({sft_seed(seed) for _, seed in cells})
+        begun = list(pool.map(make_sft, itertools.repeat(study.setting), needed))
     if flags.check:
         check(study, cells[0], known[cells[0]])
-    record_starts(begun)
+    record_starts(study.setting, begun)
     record(study, cells, file, flags.workers)
 
 
@@ -272,27 +279,31 @@ def begin_workers(count: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(count, spawn, begin_one_of, (cores,))
 
 
+def module(name: str) -> types.ModuleType:
+    return importlib.import_module(f"configs.study.{name}")
+
+
 def load(name: str) -> setting.Study:
-    return importlib.import_module(f"configs.study.{name}").get_study()
+    return module(name).get_study()
 
 
-def record_starts(found: list[dict]) -> None:
-    rows = starts() | {row["seed"]: row for row in found}
+def record_starts(name: str, found: list[dict]) -> None:
+    rows = starts(name) | {row["seed"]: row for row in found}
     text = json.dumps([rows[seed] for seed in sorted(rows)], indent=1)
-    (RESULTS / "starts.json").write_text(text + "\n")
+    (RESULTS / f"{name}_starts.json").write_text(text + "\n")
 
 
-def starts() -> dict[int, dict]:
-    """What is recorded of each SFT checkpoint, by its seed."""
-    file = RESULTS / "starts.json"
+def starts(name: str) -> dict[int, dict]:
+    """What is recorded of each SFT checkpoint of a setting, by its seed."""
+    file = RESULTS / f"{name}_starts.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     return {row["seed"]: row for row in rows}
 
 
-def check_setting() -> None:
-    """All that is recorded is of one setting, which is recorded, too."""
-    file = RESULTS / "setting.json"
-    now = json.loads(setting.get_config().to_json_best_effort())
+def check_setting(name: str) -> None:
+    """All that is recorded of a setting has the same configs, which are recorded, too."""
+    file = RESULTS / f"{name}.json"
+    now = json.loads(module(name).get_config().to_json_best_effort())
     if not file.exists():
         file.write_text(json.dumps(now, indent=1) + "\n")
     then = json.loads(file.read_text())
@@ -309,20 +320,21 @@ def recorded(study: setting.Study) -> dict[tuple[str, int], dict]:
     """Its runs, by variant and seed, whichever study they were run for."""
     found = {}
     for file in sorted(RESULTS.glob("*.jsonl")):
-        of = load(file.stem).variants
+        other = load(file.stem)
         for (variant, seed), row in read(file).items():
-            found[what_differs(of[variant]), seed] = row
+            if other.setting == study.setting:
+                found[what_differs(other, variant), seed] = row
     return {
-        (variant, seed): found[what_differs(values), seed]
-        for variant, values in study.variants.items()
+        (variant, seed): found[what_differs(study, variant), seed]
+        for variant in study.variants
         for seed in study.seeds
-        if (what_differs(values), seed) in found
+        if (what_differs(study, variant), seed) in found
     }
 
 
-def what_differs(values: Mapping[str, Any]) -> frozenset:
+def what_differs(study: setting.Study, variant: str) -> frozenset:
     """From the setting: the same for what is the same run."""
-    base = setting.get_config()
+    values, base = study.variants[variant], module(study.setting).get_config()
 
     def of_setting(key: str) -> Any:
         return functools.reduce(operator.getitem, key.split("."), base)

@@ -44,12 +44,12 @@ def main() -> None:
         (study.RESULTS / f"{one.name}.svg").write_text(figure(one, runs))
         part = "\n\n".join(
             (
-                outcomes(runs, study.starts()),
+                outcomes(runs, study.starts(one.setting)),
                 f"![{one.question}](results/{one.name}.svg)",
                 f"The paper: {one.paper}.",
                 courses(runs),
                 kinds(runs),
-                begin(runs, study.starts()),
+                begin(runs, study.starts(one.setting)),
             )
         )
         text = re.sub(
