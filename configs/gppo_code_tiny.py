@@ -10,7 +10,7 @@ gppo_tiny; after a math stage, --config.init_from is that stage's workdir.
 
 import ml_collections
 
-from configs import gppo_tiny, sft_code_tiny
+from configs import gppo_tiny, sections, sft_code_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rollout.max_prompt_tokens = sft.evaluation.max_prompt_tokens
     c.rollout.max_new_tokens = sft.evaluation.max_new_tokens
     c.rewards = sft.rewards
+    c.loss = sections.gppo_loss()  # GPPO on both sides, with which it was measured.
     c.minibatch_prompts = 4
     c.micro_rows = 32
     c.num_steps = 30

@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rewards.kinds.math.options.correct = 1.0
     c.rewards.kinds.math.options.wrong = -1.0
     c.rewards.sources = ml_collections.ConfigDict()  # Rows do not name theirs.
+    c.loss = sections.gppo_loss()  # GPPO on both sides, with which it was measured.
     c.minibatch_prompts = 2  # Up to 4 updates a step.
     c.micro_rows = 8  # A group, so that an odd one leaves no rows empty.
     c.num_steps = 48  # Of 25 to 100 s each, by how many groups are used.

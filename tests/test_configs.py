@@ -577,7 +577,10 @@ GPPO_REFUSED = [
         {"loss.dual_clip": None, "loss.beta_dual": 1.0},
         "loss.beta_dual is of loss.dual_clip, which is None",
     ),
-    ({"loss.beta_low": -1.0}, "loss.beta_low must not be negative: -1.0"),
+    (
+        {"loss.kind": "gppo", "loss.beta_low": -1.0},
+        "loss.beta_low must not be negative: -1.0",
+    ),
     ({"loss.old_logp": "both"}, "loss.old_logp must be one of"),
     ({"optim.peak_lr": -1e-6}, "optim.peak_lr must be positive, not -1e-06"),
     ({"optim.peak_lr": float("nan")}, "optim.peak_lr must be positive, not nan"),

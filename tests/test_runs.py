@@ -159,6 +159,7 @@ def sft_run(data, tmp_path_factory):
 def small_gppo(data):
     config = small(gppo_tiny.get_config(), data)
     config.init_from = ""
+    config.loss.kind = "gppo"  # The paper's, which gppo_tiny has not.
     config.rollout.prompts = config.rollout.max_groups = 8
     config.rollout.filter = "none"  # An untrained model is never right.
     config.minibatch_prompts, config.micro_rows = 4, 32

@@ -13,6 +13,7 @@ def get_study() -> setting.Study:
             "hard, 30 steps": soft.HARD | {"num_steps": 30, "evaluation.every": 30}
         },
         seeds=setting.EXPLORING_SEEDS[:4],
-        paper="hundreds of steps, of problems on which a third of the programs fails to the end",
+        paper="Fig. 3b: rewards in training, first and last ten steps of 100: hard 0.00 and 0.10, "
+        "soft 0.10 and 0.40",
         setting="programs",
     )
