@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -162,23 +163,36 @@ def test_a_line_that_was_cut_off_is_not_a_run(tmp_path):
     )
 
 
-def test_what_was_clipped_by_hand():
-    loss = setting.get_config().loss
-    half = float(np.log(0.5))
+class Words:
+    """A tokenizer whose tokens are the signs, and the two marks."""
+
+    def encode(self, text):
+        return re.findall("<think>|</think>|.", text)
+
+
+HALF = float(np.log(0.5))
+
+
+def clipped(samples, sorts, sort):
+    return study.clipped(samples, sorts, sort, setting.get_config().loss)
+
+
+def test_which_kinds_were_clipped_by_hand():
     thinks = {
         "advantage": -0.5,
-        "tokens": [7, 1, 2, 9, 3],  # 9 ends the chain.
-        "old_logp": [0.0, half, half, half, half],
+        "tokens": ["<think>", "1", "2", "</think>", "3"],
+        "old_logp": [0.0, HALF, HALF, HALF, HALF],
         "log_ratio": [-1.0, -0.1, -0.3, None, -0.5],
     }
     answers = {
         "advantage": 2.0,
-        "tokens": [7, 9, 3],
-        "old_logp": [0.0, half, half],
+        "tokens": ["<think>", "</think>", "3"],
+        "old_logp": [0.0, HALF, HALF],
         "log_ratio": [0.0, 0.5, 0.2],
     }
     not_used = {"advantage": None}
-    got = study.clipped([thinks, answers, not_used], 9, loss)
+    samples = [thinks, answers, not_used]
+    got = clipped(samples, study.KINDS, study.kinds_of(Words()))
     assert got["low"]["think"] == [1, 0, 0.0, 0.0]
     # The end of the chain had no ratio.
     assert got["low"]["chain"] == [1, 1, 0.5, -0.3]
@@ -186,3 +200,30 @@ def test_what_was_clipped_by_hand():
     assert got["high"]["at once"] == [1, 1, 0.5, 0.5]
     assert got["high"]["answer"] == [1, 0, 0.0, 0.0]
     assert got["low"]["at once"] == got["high"]["chain"] == [0, 0, 0.0, 0.0]
+
+
+def test_where_a_chain_was_clipped_by_hand():
+    def sample(response, advantage, log_ratios):
+        mine = Words().encode(response)
+        return {
+            "prompt": "7+5-3=",
+            "advantage": advantage,
+            "tokens": mine,
+            "old_logp": [HALF] * len(mine),
+            "log_ratio": [0.0] * (len(mine) - len(log_ratios)) + log_ratios,
+        }
+
+    assert setting.right_response("7+5-3=") == r"<think>7+5=12;12-3=9</think>\boxed{9}"
+    samples = [
+        # Right up to the 1; the 3 is a mistake. The ratios are those of =, 1, 3, ; and 13-.
+        sample("<think>7+5=13;13-", -1.0, [-1.0, -0.1, -0.5, -0.3, 0.0, 0.0, 0.0]),
+        sample("<think></think>", -1.0, [-1.0, -1.0]),
+        sample(r"<think>7+5=12;12-3=9</think>\boxed{9}E", 1.0, [0.5, 0.7]),
+    ]
+    got = clipped(samples, study.PLACES, study.places_of(Words()))
+    assert got["low"] == {
+        "right": [6, 1, 0.5, -1.0],
+        "mistake": [1, 1, 0.5, -0.5],
+        "after": [4, 1, 0.5, -0.3],
+    }
+    assert got["high"]["right"] == [25, 2, 0.5, 0.6]

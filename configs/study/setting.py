@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from configs import gppo_tiny, sft_tiny
+from klear_jax.data import arithmetic
 
 SEEDS = range(1_000)  # Of runs that are compared;
 EXPLORING_SEEDS = range(1_000, 1_008)  # of those on which the settings were chosen;
@@ -77,6 +78,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.num_problems = 256
     c.evaluation.num_samples = 8
     return c
+
+
+def right_response(problem: str) -> str:
+    """To a sum, with its chain, as demonstrations have it."""
+    steps, answer = arithmetic.TASKS["chain_sum"].chain(problem)
+    return f"<think>{';'.join(steps)}</think>\\boxed{{{answer}}}"
 
 
 def study(c: ml_collections.ConfigDict) -> None:

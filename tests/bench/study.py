@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -45,7 +45,9 @@ KEPT = """
     samples/truncated samples/groups_used logprob_gap/mean updates eval/avg@8 eval/greedy
     eval/pass@8 eval/length updates_skipped
 """.split()
+# Of tokens, that are told apart; see `kinds_of` and `places_of`.
 KINDS = ("at once", "think", "chain", "answer")
+PLACES = ("right", "mistake", "after")
 # As launch/setup.sh: memory that is given back to the kernel must be had again at every step.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -93,9 +95,12 @@ def run(study: setting.Study, variant: str, seed: int) -> dict:
         train_as(c)
         lines = read_lines(pathlib.Path(workdir) / "metrics.jsonl")
         files = sorted((pathlib.Path(workdir) / "rollouts").iterdir())
-        samples = itertools.chain.from_iterable(map(read_lines, files))
+        samples = list(itertools.chain.from_iterable(map(read_lines, files)))
         tokenizer = tokens.load(c.tokenizer)
-        regions = clipped(samples, tokenizer.encode("</think>")[0], c.loss)
+        found = {"clipped": clipped(samples, KINDS, kinds_of(tokenizer), c.loss)}
+        if study.setting == "setting":
+            places = clipped(samples, PLACES, places_of(tokenizer), c.loss)
+            found["clipped_places"] = places
     metrics = {
         name: [round_(line.get(name)) for line in lines]
         for name in KEPT
@@ -107,7 +112,7 @@ def run(study: setting.Study, variant: str, seed: int) -> dict:
         "cpu": cpu(),
         "seconds": round(time.perf_counter() - start, 1),
         "metrics": metrics,
-        "clipped": regions,
+        **found,
     }
 
 
@@ -124,35 +129,73 @@ def read_lines(file: pathlib.Path) -> list[dict]:
 
 
 def clipped(
-    samples: Iterable[dict], think_end: int, loss: ml_collections.ConfigDict
+    samples: Iterable[dict],
+    sorts: Sequence[str],
+    sort: Callable[[dict], list[str]],
+    loss: ml_collections.ConfigDict,
 ) -> dict[str, dict[str, list[float]]]:
     """Which tokens were beyond the bounds when they were learnt from, over all of a run.
 
+    Args:
+      samples: lines of rollouts/.
+      sorts: of tokens, that are told apart;
+      sort: from a sample to the sort of each of its tokens, '' for what is not counted.
+      loss: the bounds.
+
     Returns:
-      side -> kind of token -> how many could move that way (by their advantage and
+      side -> sort -> how many could move that way (by their advantage and
       `losses.MOVABLE_LOGP`), how many of them were beyond the bound, and of these the mean old
-      probability and the mean log-ratio. Kinds: the choice to answer 'at once' or to 'think',
-      which is a response's second token; the 'chain' of thought; the 'answer' behind it.
+      probability and the mean log-ratio.
     """
     low, high = math.log(1 - loss.clip_low), math.log(1 + loss.clip_high)
-    found = {side: {kind: [] for kind in KINDS} for side in ("low", "high")}
+    found = {side: {one: [] for one in sorts} for side in ("low", "high")}
     for sample in samples:
         if not sample["advantage"] or "tokens" not in sample:
             continue
         side = "low" if sample["advantage"] < 0 else "high"
-        columns = (sample[name] for name in ("tokens", "old_logp", "log_ratio"))
-        thinks = True
-        for place, (token, old, ratio) in enumerate(zip(*columns, strict=True)):
+        columns = (sort(sample), sample["old_logp"], sample["log_ratio"])
+        for one, old, ratio in zip(*columns, strict=True):
+            if one and old < losses.MOVABLE_LOGP and ratio is not None:
+                found[side][one].append((math.exp(old), ratio))
+    return {
+        side: {one: _summary(x, side, low, high) for one, x in moved.items()}
+        for side, moved in found.items()
+    }
+
+
+def kinds_of(tokenizer: tokens.Tokenizer) -> Callable[[dict], list[str]]:
+    """The KINDS: the choice to answer 'at once' or to 'think', which is a response's second token;
+    the 'chain' of thought; the 'answer' behind it."""
+    [think_end] = tokenizer.encode("</think>")
+
+    def kinds(sample: dict) -> list[str]:
+        found, thinks = [], True
+        for place, token in enumerate(sample["tokens"]):
             kind = "chain" if thinks else "answer"
             thinks = thinks and token != think_end
             if place == 1:
                 kind = "think" if thinks else "at once"
-            if old < losses.MOVABLE_LOGP and ratio is not None:
-                found[side][kind].append((math.exp(old), ratio))
-    return {
-        side: {kind: _summary(x, side, low, high) for kind, x in kinds.items()}
-        for side, kinds in found.items()
-    }
+            found.append(kind)
+        return found
+
+    return kinds
+
+
+def places_of(tokenizer: tokens.Tokenizer) -> Callable[[dict], list[str]]:
+    """The PLACES in a response that works its sum out: what is 'right', as far as it goes, its
+    first 'mistake', and what comes 'after'. A response that does not is not counted."""
+    begins_at_once = tokenizer.encode("<think></think>")
+
+    def places(sample: dict) -> list[str]:
+        mine = sample["tokens"]
+        if mine[:2] == begins_at_once:
+            return [""] * len(mine)
+        right = tokenizer.encode(setting.right_response(sample["prompt"]))
+        pairs = enumerate(zip(mine, right, strict=False))
+        first = next((place for place, (a, b) in pairs if a != b), len(mine))
+        return (["right"] * first + ["mistake"] + ["after"] * len(mine))[: len(mine)]
+
+    return places
 
 
 def _summary(moved, side: str, low: float, high: float) -> list[float]:
@@ -236,7 +279,10 @@ def check(study: setting.Study, cell: tuple[str, int], before: dict) -> NoReturn
     (again,) = rows_of(study, [cell], 1)
     # All that was recorded then; a later row may hold more.
     now = {name: again["metrics"].get(name) for name in before["metrics"]}
-    same = (now, again["clipped"]) == (before["metrics"], before["clipped"])
+    counted = [name for name in before if name.startswith("clipped")]
+    same = now == before["metrics"] and all(
+        again[name] == before[name] for name in counted
+    )
     verdict = "the same" if same else "ANOTHER"
     print(f"{verdict}, on {again['cpu']}; then {before['cpu']}")
     sys.exit(not same)
