@@ -124,6 +124,18 @@ def test_how_runs_went_by_hand():
         "20%, 20%, 20%",
     ]
     assert cells(study_page.kinds(runs))["a"] == ["20.0%, 0.50"] + ["0%"] * 7
+    assert not list(study_page.places(runs))  # Of earlier runs it is not recorded.
+    for run in runs["a"].values():
+        none = [10, 0, 0.0, 0.0]
+        low = {"right": [10, 1, 0.5, np.log(0.5)], "mistake": [4, 3, 0.5, np.log(0.25)]}
+        run["clipped_places"] = {
+            "low": low | {"after": none},
+            "high": dict.fromkeys(study.PLACES, none),
+        }
+    [table] = study_page.places(runs)
+    assert (
+        cells(table)["a"] == ["10.0%, 0.50, 25%", "75.0%, 0.25, 75%"] + ["0%, 0%"] * 4
+    )
     assert study_page.begin(runs, STARTS) == (
         "2 runs of 44 s (median) on one core, from checkpoints whose avg@8 (pass@8) is 50 (90). "
         "CPU: a 1 2."

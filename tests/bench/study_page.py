@@ -9,7 +9,7 @@ NAME, and what the paper has; what is around them is written by hand, and stays.
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ def main() -> None:
                 f"The paper: {one.paper}.",
                 courses(runs),
                 kinds(runs),
+                *places(runs),
                 begin(runs, study.starts(one.setting)),
             )
         )
@@ -230,6 +231,25 @@ def kinds(runs: Runs) -> str:
         )
         lines.append([variant, *cells])
     return markdown(lines)
+
+
+def places(runs: Runs) -> Iterator[str]:
+    """The table, of the variants of which it is recorded, if there are any: as `kinds`, by where
+    in a chain the tokens stand, with the share of all beyond that bound in chains."""
+    lines = [["", *(f"{side}: {x}" for side in ("low", "high") for x in study.PLACES)]]
+    for variant, mine in runs.items():
+        if not all("clipped_places" in run for run in mine.values()):
+            continue
+        cells = []
+        for side in ("low", "high"):
+            found = [run["clipped_places"][side] for run in mine.values()]
+            counts = {x: sum(one[x][1] for one in found) for x in study.PLACES}
+            for x, count in counts.items():
+                share = 100 * count / max(sum(counts.values()), 1)
+                cells.append(f"{beyond([one[x] for one in found])}, {share:.0f}%")
+        lines.append([variant, *cells])
+    if len(lines) > 1:
+        yield markdown(lines)
 
 
 def beyond(found: list[list[float]]) -> str:
