@@ -3,8 +3,8 @@
     bash launch/smollm2.sh
 
 fetches and converts the model, writes the sums, and calls this. The model does not think in
-tags: its answer is the last number that it writes. The recipe is that of gppo_tiny, in small;
-numbers that differ are our own, chosen for two cores of CPU.
+tags: its answer is the last number that it writes. The recipe is that of gppo_tiny, in small,
+with GPPO on both sides; numbers that differ are our own, chosen for two cores of CPU.
 """
 
 import ml_collections

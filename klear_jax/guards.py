@@ -43,7 +43,7 @@ GUARDS = {
         "entropy",
         False,
         "the policy hardly explores any more; look at clip/high and grad_mass/low, at "
-        "loss.beta_low, loss.clip_high and optim.peak_lr",
+        "loss.kind, loss.clip_high, loss.beta_low of 'gppo', and optim.peak_lr",
     ),
     "equal_rewards": Guard(
         "reward/groups_equal",

@@ -1,5 +1,4 @@
-"""AdamW and its learning rate. Source: FACTS of the authors' recipes and the paper, in
-the configs."""
+"""AdamW and its learning rate; the configs say where each number is from."""
 
 import dataclasses
 import math

@@ -2,7 +2,7 @@
 # Makes .venv with the packages that the caller needs; sourced by the other scripts.
 # Costs nothing when the requirements have not changed since.
 #
-#   setup requirements.txt       or       setup .[test]
+#   setup .       or       setup ".[test]"
 
 PYTHON=${PYTHON:-}
 

@@ -1,4 +1,5 @@
-"""What the studies run: gppo_tiny with fewer prompts and more updates, so that the clip bites.
+"""What the studies run: gppo_tiny with the paper's loss, fewer prompts and more updates, so that
+the clip bites.
 
 `python -m tests.bench.study` runs them; README.md has what they showed. The study of code rewards
 runs what is in programs.py.

@@ -1,6 +1,6 @@
 """The code reward: which share of its tests does the program in a response pass.
 
-FACTS (g): the authors' `coder1_longcot` scorer. Programs run in `rewards.sandbox`.
+As the authors' `coder1_longcot` scorer. Programs run in `rewards.sandbox`.
 
 A ground truth is JSON, as text or read, of one of three forms, with `timeout` (seconds a
 test, default 35) and `max_test_cases` (default 16) beside:

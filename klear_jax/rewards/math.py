@@ -1,7 +1,7 @@
 """The math rewards: does the final answer equal the reference, mostly by math-verify.
 
-FACTS (g): the authors' `math_longcot_math_verify` scorer and their benchmark judge, which
-share one verifier. Verdicts are those of math-verify 0.9.0.
+As the authors' `math_longcot_math_verify` scorer and their benchmark judge, which share one
+verifier. Verdicts are those of math-verify 0.9.0.
 """
 
 import decimal
