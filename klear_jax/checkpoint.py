@@ -178,12 +178,15 @@ class Checkpoints:
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
                     [ocp.checkpoint_managers.LatestN(config.keep), keep_best]
                 ),
+                multiprocessing_options=_barriers(BETWEEN),
             ),
         )
         self._within = ocp.CheckpointManager(
             self._workdir / WITHIN,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, cleanup_tmp_directories=True
+                max_to_keep=1,
+                cleanup_tmp_directories=True,
+                multiprocessing_options=_barriers(WITHIN),
             ),
         )
         self._behind = futures.ThreadPoolExecutor(1)
@@ -362,6 +365,12 @@ class Checkpoints:
             if kind is None:
                 raise
             logging.getLogger(__name__).error("the last checkpoint failed: %s", error)
+
+
+def _barriers(name: str) -> ocp.options.MultiprocessingOptions:
+    """Of a manager's own: one may save while the other still deletes what is old, and processes
+    that meet in both at once must not take the one for the other."""
+    return ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
 
 
 def _about(run: Any) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from klear_jax import (
     tokens,
 )
 from klear_jax.answers import Answers, Key, Row, finite, key_of
+from klear_jax.data import files
 from klear_jax.data.batches import all_prompts
 from klear_jax.data.examples import read_examples
 from klear_jax.data.rows import Example
@@ -146,14 +147,14 @@ def load_problems(
     config: EvaluationConfig,
     tokenizer: tokens.Tokenizer,
     rewards: RewardConfig,
-    pool: Pool | None,
+    pool: Pool,
 ) -> dict[str, list[Any]]:
     """Prompts and answers of the problems to evaluate on, as `data.batches.all_prompts`, and
     `data`, the data set of each, by its name.
 
     Args:
         rewards: those of training.
-        pool: to try the rewards out; None: they will not be needed.
+        pool: to try the rewards out.
 
     Raises:
         InputError: what cannot be read or scored, and a window without problems.
@@ -177,12 +178,20 @@ def load_problems(
         ]
     rewards = config.rewards(rewards)
     routing.check(rewards, examples)
-    if pool:
-        routing.try_out(pool, rewards, examples)
+    routing.try_out(pool, rewards, examples)
     problems = all_prompts(
         examples, tokenizer, max_prompt_tokens=config.max_prompt_tokens
     )
     return problems | {"data": names}
+
+
+def problems_of_training(
+    config: Any, tokenizer: tokens.Tokenizer, pool: Pool
+) -> dict[str, list[Any]]:
+    """`load_problems` of an SFT or GPPO config; none if it never evaluates."""
+    if not config.evaluation.every:
+        return {}
+    return load_problems(config.evaluation, tokenizer, config.rewards, pool)
 
 
 def _in_window(example: Example, config: EvaluationConfig) -> bool:
@@ -451,6 +460,7 @@ def main(argv: list[str]) -> None:
         output = str(epath.Path(flags.workdir) / "evaluation.json")
     if not output.endswith(".json"):
         raise InputError(f"--output={output} must end in .json")
+    hosts.join()  # First: it takes SIGTERM for itself.
     with preemption.watch(GRACE_S), routing.make_pool(c.rewards) as pool:
         run(c, path, output, flags.samples, pool)
 
@@ -460,7 +470,6 @@ def run(
 ) -> None:
     """Evaluates the model at `path`, or a random one for '', and says and writes what it
     found."""
-    hosts.join()
     path = str(checkpoint.resolve(path)) if path else ""
     run_of = checkpoint.read_about(path) if path else None
     tokenizer = tokens.load(checkpoint.model_folder(path) if path else c.tokenizer)
@@ -490,15 +499,29 @@ def run(
 
 
 def fingerprint(c: CommandConfig, path: str, tokenizer: tokens.Tokenizer) -> str:
-    """Of all that decides on an answer to a problem, and on which problem has which number."""
-    e = c.evaluation
+    """Of all that decides on an answer to a problem, and on which problem has which number; but
+    for the problems themselves and what a reward of one's own does."""
+    e, rewards = c.evaluation, c.evaluation.rewards(c.rewards)
     parts = (
-        (path, c.seed, c.model.yarn, tokenizer.fingerprint),
+        (path, weights_of(path) if path else (c.model, c.seed)),
+        (c.model.yarn, c.dtype, tokenizer.fingerprint),
         (e.data, e.split, e.since, e.until, "," in e.data and e.num_problems),
         (e.sampling(), e.max_new_tokens, e.stop_strings, e.seed),
-        e.rewards(c.rewards).kinds,
+        (rewards.kinds, rewards.kind, rewards.sources, rewards.full_credit),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def weights_of(path: str) -> str:
+    """Tells the weights that `checkpoint.load_model` reads there from others, at a glance."""
+    about = checkpoint.read_about(path)
+    if about is not None:
+        return json.dumps(about, sort_keys=True)
+    folder = checkpoint.model_folder(path)
+    weights = map(str, sorted(folder.glob("*.safetensors")))
+    return " ".join(
+        [(folder / "config.json").read_text(), *map(files.fingerprint, weights)]
+    )
 
 
 def draw_all(
@@ -510,7 +533,7 @@ def draw_all(
     answers: Answers,
 ) -> list[Row]:
     """All answers that the config asks for, drawn, or found among `answers`."""
-    found = answers.found
+    found = still_asked(answers.found, problems)
     wanted = [
         (one, greedy, j)
         for greedy, num in (
@@ -522,7 +545,8 @@ def draw_all(
     ]
     if all(key in found for key in wanted):
         rows = [found[key] for key in wanted]
-        if not answers.path.exists():  # All were there when it was cut off.
+        # All were there when it was cut off. The first says whether, for it will write it.
+        if not hosts.gather(answers.path.exists())[0]:
             answers.finish(rows)
         return rows
     layout = Layout(make_mesh(c.mesh), c.mesh.rules)
@@ -552,6 +576,31 @@ def draw_all(
         )
         answers.finish(rows)
     return rows
+
+
+def still_asked(
+    found: Mapping[Key, Row], problems: Mapping[str, Sequence[Any]]
+) -> dict[Key, Row]:
+    """The answers but for those to problems that are others now, of which the data tells."""
+    names = ("messages", "answers", "sources")
+    columns = zip(*(problems[name] for name in names), strict=True)
+    # As JSON has them, which is how rows were kept.
+    asked = {
+        one: json.loads(json.dumps(values))
+        for one, values in zip(problems["prompt_ids"], columns, strict=True)
+    }
+    same = {
+        key: row
+        for key, row in found.items()
+        if [row["prompt"], row["answer"], row["data_source"]] == asked.get(key[0])
+    }
+    changed = sum(key[0] in asked for key in found.keys() - same.keys())
+    if changed:
+        logging.getLogger(__name__).info(
+            "%d answers are to problems that have changed since: these are asked again",
+            changed,
+        )
+    return same
 
 
 def load(

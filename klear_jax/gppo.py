@@ -213,12 +213,7 @@ def read_inputs(config: GppoConfig, pool: Pool) -> Inputs:
         seed=config.seed,
         too_long=config.data.too_long,
     )
-    problems = evaluate.load_problems(
-        config.evaluation,
-        tokenizer,
-        config.rewards,
-        pool if config.evaluation.every else None,
-    )
+    problems = evaluate.problems_of_training(config, tokenizer, pool)
     return Inputs(layout, tokenizer, prompts, problems)
 
 
@@ -380,7 +375,9 @@ def train(
                 values = {
                     **batch.sample_metrics(samples, chosen, config.rewards, step),
                     **batch.logprob_gap(rows, config.rollout.temperature),
-                    **metrics.of_updates(good),
+                    **metrics.of_updates(
+                        good, all_new=bool(np.isnan(rows["earlier_logp"]).all())
+                    ),
                     "updates_skipped": len(found) - len(good),
                     **metrics.of_sampler(under_way.counts),
                     "samples/groups_surplus": len(surplus),

@@ -21,6 +21,9 @@ from klear_jax.errors import InputError, Stopped
 
 # A process that is not heard of for so long is dead, and the others end with it.
 HEARTBEAT_S = 30
+# At the end all wait for each other, and JAX kills those that wait for longer, and who works:
+# the first may still count an evaluation's votes, each reads its last checkpoint back.
+END_S = 3_600
 # Of what `gather` sends at once: one size, so one program.
 CHUNK_BYTES = 1 << 16
 
@@ -40,7 +43,9 @@ def join() -> None:
     found = _from_environment()
     try:
         jax.distributed.initialize(
-            **found, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
+            **found,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=END_S,
         )
     except jax.errors.JaxRuntimeError:  # The others do not answer.
         raise

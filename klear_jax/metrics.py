@@ -295,8 +295,13 @@ def of_sampler(counts: list[dict[str, float]]) -> dict[str, float]:
     return {names.get(name, f"sampler/{name}"): x for name, x in values.items()}
 
 
-def of_updates(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def of_updates(found: Sequence[Mapping[str, Any]], all_new: bool) -> dict[str, float]:
     """The mini-batches' additive metrics -> means of a step and shares of its tokens.
+
+    Args:
+        found: of each.
+        all_new: whether this step's policy drew all tokens; if not, their ratios to older ones
+            are not 1 in the first mini-batch either, and ratio_first/spread is left out.
 
     clip/REGION: share of all tokens; clip_movable/REGION: of those that could move
     (advantage not 0, old log-prob below losses.MOVABLE_LOGP); grad_mass/REGION: of the
@@ -323,10 +328,11 @@ def of_updates(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     values["param_norm"] = float(found[-1]["param_norm"])
     values["ratio_capped"] = float(total["ratio_capped"])
     values |= ratio_percentiles(total["ratios_below"], total["tokens"])
-    first = ratio_percentiles(found[0]["ratios_below"], found[0]["tokens"])
-    values["ratio_first/spread"] = float(
-        max(-np.log(first["ratio/p1"]), np.log(first["ratio/p99"]))
-    )
+    if all_new:
+        first = ratio_percentiles(found[0]["ratios_below"], found[0]["tokens"])
+        values["ratio_first/spread"] = float(
+            max(-np.log(first["ratio/p1"]), np.log(first["ratio/p99"]))
+        )
     for title, name in (
         ("clip", "tokens"),
         ("clip_movable", "movable"),

@@ -202,12 +202,7 @@ def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
     )
     if hosts.first():
         _log_data(sources, num_steps, epoch_steps)
-    problems = evaluate.load_problems(
-        config.evaluation,
-        tokenizer,
-        config.rewards,
-        pool if config.evaluation.every else None,
-    )
+    problems = evaluate.problems_of_training(config, tokenizer, pool)
     validation = _validation_batches(config, tokenizer)
     return Inputs(layout, tokenizer, data, num_steps, validation, problems)
 

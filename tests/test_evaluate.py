@@ -1,5 +1,6 @@
 """What is said of samples whose answers are known, what is kept of them, and the judge."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -80,7 +81,7 @@ class Pool:
     def __init__(self, unscored=None):
         self.unscored = unscored
 
-    def submit(self, kind, response, ground_truth):
+    def submit(self, kind, response, ground_truth, **options):
         outcome = Outcome(1.0 if "1" in response else -1.0, "ok", "")
         if response == self.unscored:
             outcome = Outcome(float("nan"), "error", "")
@@ -295,6 +296,64 @@ def test_answers_are_kept_and_an_evaluation_goes_on(calls, monkeypatch, tmp_path
         answers.Answers(path, "m")
 
 
+def test_answers_to_a_problem_that_has_changed_are_asked_again(calls):
+    found = {key_of(row): row for row in run(CONFIG)}
+    assert evaluate.still_asked(found, PROBLEMS) == found
+    other = PROBLEMS | {
+        "answers": ["a", "B", "c"],
+        "messages": [*PROBLEMS["messages"][:2], [{"role": "user", "content": "Z"}]],
+    }
+    same = evaluate.still_asked(found, other)
+    assert same == {key: row for key, row in found.items() if key[0] == 0}
+    fewer = {name: values[:1] for name, values in PROBLEMS.items()}
+    assert evaluate.still_asked(found, fewer).keys() == same.keys()
+
+
+def test_answers_are_of_the_weights_and_rewards_they_were_made_with(tmp_path):
+    tokenizer = types.SimpleNamespace(fingerprint="t")
+    model = types.SimpleNamespace(yarn=None)
+    c = evaluate.CommandConfig(0, "", "", model, "float32", None, None, REWARDS, CONFIG)
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1 << 20))
+    path = str(tmp_path)
+
+    def made_with(**changes):
+        return evaluate.fingerprint(dataclasses.replace(c, **changes), path, tokenizer)
+
+    first = made_with()
+    assert first == made_with()
+    assert first == made_with(rewards=dataclasses.replace(REWARDS, num_workers=8))
+    others = [
+        made_with(dtype="bfloat16"),
+        made_with(rewards=dataclasses.replace(REWARDS, full_credit=0.5)),
+        made_with(
+            rewards=dataclasses.replace(REWARDS, sources={"x": "math"}),
+        ),
+    ]
+    weights.write_bytes(bytes((1 << 20) - 1) + b"1")  # Trained on, say.
+    others.append(made_with())
+    (tmp_path / "config.json").write_text("{ }")
+    others.append(made_with())
+    assert len({first, *others}) == 6
+
+
+def test_several_processes_join_before_signals_are_watched(monkeypatch):
+    """JAX takes SIGTERM for itself when they join: watched before, it would not be heard."""
+    order = []
+    monkeypatch.setattr(evaluate.hosts, "join", lambda: order.append("join"))
+
+    @contextlib.contextmanager
+    def watch(grace_s):
+        order.append("watch")
+        yield
+
+    monkeypatch.setattr(evaluate.preemption, "watch", watch)
+    monkeypatch.setattr(evaluate, "run", lambda *_: order.append("run"))
+    evaluate.main(["evaluate", "--config=configs/gppo_tiny.py", "--model=x"])
+    assert order == ["join", "watch", "run"]
+
+
 def test_answers_make_pass_rates(calls, tmp_path):
     path = tmp_path / "samples.jsonl"
     rows = run(CONFIG)
@@ -424,7 +483,7 @@ def test_problems_of_a_window(tmp_path):
 
     def load(**window):
         config = dataclasses.replace(CONFIG, data=str(file), split="", **window)
-        return evaluate.load_problems(config, tokenizer, REWARDS, None)
+        return evaluate.load_problems(config, tokenizer, REWARDS, Pool())
 
     assert load()["problems"] == days
     assert load(since="2024-08-01", until="2025-01-31")["problems"] == days[1:3]
@@ -436,7 +495,7 @@ def test_problems_of_a_window(tmp_path):
         load(since="2026-01-01")
     two = f"{file},{file}"
     both = dataclasses.replace(CONFIG, data=two, split="", num_problems=3)
-    found = evaluate.load_problems(both, tokenizer, REWARDS, None)
+    found = evaluate.load_problems(both, tokenizer, REWARDS, Pool())
     assert found["data"] == [str(file)] * 6  # Both are called 'dated'.
     assert found["prompt_ids"] == list(range(6))
     assert found["problems"] == days[:3] * 2

@@ -32,11 +32,11 @@ def free_port():
         return free.getsockname()[1]
 
 
-def test_two_processes_do_what_one_does():
+def test_two_processes_do_what_one_does(tmp_path):
     command = [sys.executable, str(TESTS / "processes.py"), str(free_port()), "2"]
     workers = [
         subprocess.Popen(
-            [*command, str(index)],
+            [*command, str(index), str(tmp_path)],
             env=os.environ | PYTHONPATH,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -57,6 +57,7 @@ def test_two_processes_do_what_one_does():
     # The same samples, bit for bit, in the same order: the same decisions.
     assert results[0] == results[1]
     assert results[0]["told"] == [[0, 0], [1, 100_000]]
+    assert results[0]["under_way"] == {"so": "far"}
     params = test_steps.make_params()
     rows = test_steps.make_rows(params)
     alone = test_steps.make_layout(1, 1, 1)
