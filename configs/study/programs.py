@@ -30,6 +30,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.tokenizer = "runs/study/data_code/tokenizer"
     setting.study(c)
     c.rollout.token_groups = c.rollout.max_groups  # All, as in setting.py.
-    c.num_steps = c.evaluation.every = 30
+    c.num_steps = c.evaluation.every = 5  # See explore_soft.py.
     c.evaluation.num_samples = 8
     return c
