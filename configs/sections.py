@@ -197,7 +197,8 @@ def gppo_guards() -> ml_collections.ConfigDict:
     c = sft_guards()
     # Mean |trainer's - sampler's log-prob|, nats. bfloat16 gives a few thousandths.
     c.limits.logprob_gap = 0.03  # [ours]
-    # |log-ratio| of all but 1% at each end, in the first mini-batch of a step.
+    # |log-ratio| of all but 1% at each end, in the first mini-batch of a step that has no tokens
+    # of an earlier policy.
     c.limits.first_ratio = 0.05  # [ours]
     c.limits.entropy = 0.01  # [ours] Nats a token; less is a collapse.
     c.limits.equal_rewards = 0.95  # [ours] Share of groups, before the filter.
