@@ -261,6 +261,7 @@ def test_a_run_goes_on_with_fewer_devices(sft_run, tmp_path, monkeypatch):
     _, config = sft_run
     config = config.copy_and_resolve_references()
     config.evaluation.every = 0
+    config.evaluation.data = "no/such/file"  # Nor is it needed.
     config.checkpoint.every = 2
     config.data.streams = 4
     start(config, tmp_path / "whole")
@@ -303,6 +304,8 @@ def test_groups_that_go_on_survive_a_kill(data, tmp_path, monkeypatch):
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[2]["samples/groups_going_on"] > 0  # In the checkpoint before the kill.
     assert all(line["samples/tokens_carried"] > 0 for line in lines[1:])
+    # Of what an earlier policy drew, ratios differ from 1 before anything is learnt.
+    assert ["ratio_first/spread" in line for line in lines] == [True] + [False] * 5
     groups = [line["samples/groups_used"] for line in lines]
     assert sum(groups) + lines[-1]["samples/groups_going_on"] == 6 * 16
     for line in lines[1:]:
