@@ -54,18 +54,19 @@ class Answers:
 
     def _read(self, file: epath.Path) -> list[Row]:
         rows = []
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            try:
-                rows.append(json.loads(line))
-                same = rows[-1]["made_with"] == self._made_with
-                key_of(rows[-1])
-            except (ValueError, TypeError, KeyError):
-                same = False
-            if not same:
-                raise InputError(
-                    f"{file} line {number} is not of this model, data and evaluation: give "
-                    "another file"
-                )
+        with file.open() as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    rows.append(json.loads(line))
+                    same = rows[-1]["made_with"] == self._made_with
+                    key_of(rows[-1])
+                except (ValueError, TypeError, KeyError):
+                    same = False
+                if not same:
+                    raise InputError(
+                        f"{file} line {number} is not of this model, data and evaluation: "
+                        "give another file"
+                    )
         return rows
 
     def add(self, row: Row) -> None:
@@ -101,7 +102,9 @@ class Answers:
 def _put(path: epath.Path, rows: list[Row]) -> None:
     """The file, whole or not at all."""
     unfinished = path.with_name(f"{path.name}.writing")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with unfinished.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
     unfinished.replace(path)
 
 

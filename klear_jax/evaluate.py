@@ -483,8 +483,15 @@ def run(
     votes = count_votes(rows, pool, c.evaluation.rewards(c.rewards))
     result = results(rows, votes)
     print(json.dumps({k: v for k, v in result.items() if k != "per_problem"}, indent=2))
+    if failed := result["scoring_errors"]:
+        logging.getLogger(__name__).warning(
+            "%d answers could not be scored, and count as wrong; given again, this command "
+            "draws and scores them anew",
+            failed,
+        )
     about = {
         "model": path,
+        "run": run_of and run_of["config_sha256"],
         "steps_done": run_of and run_of["steps_done"],
         "evaluation": dataclasses.asdict(c.evaluation),
         "samples": samples,
@@ -581,7 +588,8 @@ def draw_all(
 def still_asked(
     found: Mapping[Key, Row], problems: Mapping[str, Sequence[Any]]
 ) -> dict[Key, Row]:
-    """The answers but for those to problems that are others now, of which the data tells."""
+    """The answers but for those that could not be scored, and those to problems that are others
+    now, of which the data tells."""
     names = ("messages", "answers", "sources")
     columns = zip(*(problems[name] for name in names), strict=True)
     # As JSON has them, which is how rows were kept.
@@ -593,12 +601,13 @@ def still_asked(
         key: row
         for key, row in found.items()
         if [row["prompt"], row["answer"], row["data_source"]] == asked.get(key[0])
+        and row["reward"] is not None
     }
-    changed = sum(key[0] in asked for key in found.keys() - same.keys())
-    if changed:
+    again = sum(key[0] in asked for key in found.keys() - same.keys())
+    if again:
         logging.getLogger(__name__).info(
-            "%d answers are to problems that have changed since: these are asked again",
-            changed,
+            "%d answers are drawn again: they could not be scored, or the problem has changed",
+            again,
         )
     return same
 

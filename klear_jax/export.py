@@ -116,7 +116,7 @@ def card(
         "",
         "All settings are in `klear_config.json`. It was trained with klear_jax: Klear-Reasoner "
         f"([arXiv 2508.07629](https://arxiv.org/abs/2508.07629)) in pure JAX; {versions}.",
-        *results(workdir, c, steps_done),
+        *results(workdir, about),
     ]
     return "\n".join(parts) + "\n"
 
@@ -237,14 +237,16 @@ def optimizer_in_words(optim: Mapping[str, Any]) -> str:
     )
 
 
-def results(workdir: epath.Path, c: Mapping[str, Any], steps_done: int) -> list[str]:
-    """Tables of what this checkpoint, and not a later or earlier one, has reached; but for
-    an evaluation during training, which may be some steps older and says so."""
+def results(workdir: epath.Path, about: Mapping[str, Any]) -> list[str]:
+    """Tables of what this checkpoint, and not a later or earlier one or another run's, has
+    reached; but for an evaluation during training, which may be some steps older and says so."""
+    c, steps_done = about["config"], about["steps_done"]
     parts: list[str] = []
     file = workdir / "evaluation.json"
     if file.exists():
         found = hf_weights.read_json(file)
-        if found.get("steps_done") == steps_done:
+        of = (found.get("run"), found.get("steps_done"))
+        if of == (about["config_sha256"], steps_done):
             parts += _evaluation(found, found["evaluation"], "")
     lines = read_metrics(workdir, steps_done)
     if evaluated := [line for line in lines if "eval/accuracy" in line]:

@@ -26,9 +26,7 @@ from sentencepiece import sentencepiece_model_pb2
 from klear_jax.errors import InputError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+BESIDE = (  # The vocabulary's file.
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
@@ -122,8 +120,9 @@ class Tokenizer:
         them is a link to a file of this machine that is not part of the tokenizer."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            source = self.path.parent / name
+        beside = [(self.path.parent / name, name) for name in BESIDE]
+        # The vocabulary that was loaded, and no other that lies there, under the usual name.
+        for source, name in [(self.path, f"tokenizer{self.path.suffix}"), *beside]:
             if source.exists():
                 _check_own(source)
                 source.copy(folder / name, overwrite=True)

@@ -84,9 +84,17 @@ def test_live_code_bench_by_standard_input(tmp_path):
         "inputs": ["3\n", "5\n"],
         "outputs": ["6\n", "10\n"],
         "timeout": 6,
+        "compare": "lines",
     }
     assert judge(example, "print(2 * int(input()))") == 1
     assert judge(example, "print(6)") == -1  # The hidden test.
+    # What its own judge lets pass: numbers as numbers, names that are not imported, recursion.
+    assert judge(example, "print(float(2 * int(input())), ' ')") == 1
+    deep = "f = lambda n: n and 1 + f(n - 1)\n"
+    assert judge(example, deep + "print(f(5_000) * 0 + sum(2 * [int(input())]))") == 1
+    assert judge(example, "d = deque([int(input())])\nprint(2 * d[0])") == 1
+    assert judge(example, "print(2 * int(input()), 1)") == -1
+    assert judge(example, "print(2 * int(input()))\nprint()\nprint(1)") == -1
     plain = live_code_bench(private_test_cases=json.dumps(HIDDEN))
     assert read(tmp_path, plain)[0].answer == example.answer
     [public] = read(tmp_path, live_code_bench(private_test_cases=""))

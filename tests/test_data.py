@@ -1,6 +1,7 @@
 """Problems, TFDS data sets, examples and batches: nothing lost, twice, cut or misplaced."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import logging
@@ -422,6 +423,14 @@ def test_prompt_steps(tokenizer, done):
     restored = iterator()
     restored.set_state(json.loads(json.dumps(saved.get_state())))
     assert_same(list(itertools.islice(restored, 6)), whole[done:])
+    changed = dataclasses.replace(data[3], answer="another")
+    others = [[*data, *make_examples([1])], [*data[:3], changed, *data[4:]], data[::-1]]
+    for other in others:
+        iterator_of_others = batches.prompt_batches(
+            other, tokenizer, prompts_per_step=4, max_prompt_tokens=32, seed=1
+        )
+        with pytest.raises(InputError, match="the checkpoint is of other data"):
+            iterator_of_others.set_state(saved.get_state())
 
 
 def test_long_prompts(tokenizer, monkeypatch, caplog):

@@ -296,7 +296,8 @@ def test_answers_are_kept_and_an_evaluation_goes_on(calls, monkeypatch, tmp_path
         answers.Answers(path, "m")
 
 
-def test_answers_to_a_problem_that_has_changed_are_asked_again(calls):
+def test_answers_that_say_nothing_are_drawn_again(calls):
+    """To a problem that has changed, or without a verdict."""
     found = {key_of(row): row for row in run(CONFIG)}
     assert evaluate.still_asked(found, PROBLEMS) == found
     other = PROBLEMS | {
@@ -305,6 +306,8 @@ def test_answers_to_a_problem_that_has_changed_are_asked_again(calls):
     }
     same = evaluate.still_asked(found, other)
     assert same == {key: row for key, row in found.items() if key[0] == 0}
+    late = found | {(0, False, 0): found[0, False, 0] | {"reward": None}}
+    assert late.keys() - evaluate.still_asked(late, PROBLEMS).keys() == {(0, False, 0)}
     fewer = {name: values[:1] for name, values in PROBLEMS.items()}
     assert evaluate.still_asked(found, fewer).keys() == same.keys()
 

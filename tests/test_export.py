@@ -115,11 +115,12 @@ def test_results_are_those_of_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 9, "rew')
     evaluation = about["config"]["evaluation"] | {"temperature": 0.125}
     found = {"greedy": 0.75, "greedy_low": 0.5, "greedy_high": 1.0, "problems": 12}
-    found |= {"evaluation": evaluation, "steps_done": 7}
+    found |= {"evaluation": evaluation, "steps_done": 7, "run": "a"}
+    about |= {"config_sha256": "a", "steps_done": 7}
 
     def results():
         (tmp_path / "evaluation.json").write_text(json.dumps(found))
-        return "\n".join(export.results(epath.Path(tmp_path), about["config"], 7))
+        return "\n".join(export.results(epath.Path(tmp_path), about))
 
     text = results()
     assert "| `reward/mean` | 0.6 |" in text
@@ -129,7 +130,9 @@ def test_results_are_those_of_the_checkpoint(tmp_path):
     assert "| length | 20.2 tokens |  |" in text
     assert "12 problems" in text and "temperature 0.125" in text
     assert "| greedy | 75.0% | 50.0% to 100.0% |" in text
-    found["steps_done"] = 8
+    found["run"] = "b"  # Of as many steps of another.
+    assert "greedy" not in results()
+    found |= {"steps_done": 8, "run": "a"}
     assert "greedy" not in results()
     del found["steps_done"]  # Of an older version.
     assert "greedy" not in results()

@@ -31,12 +31,14 @@ from configs.data import sft as sft_config
 from klear_jax import config, prepare_data, tokens
 from klear_jax.data import (
     batches,
+    benchmarks,
     choosing,
     cleaning,
     examples,
     files,
     prepare,
     rows,
+    samples,
     shards,
 )
 from klear_jax.errors import InputError
@@ -245,6 +247,25 @@ def test_all_benchmark_problems_are_found(allowed):
         assert passage in " ".join(cleaning.words(text))
         assert passage in " ".join(cleaning.words(PROBLEMS[int(name)]))
     assert len(PROBLEMS) == 90
+
+
+def test_problems_of_livecodebench_are_known_as_they_are_published(tmp_path):
+    """In their own words: what stands around all of them would meet every prompt."""
+    said = "Given are N stones in a row, each of which weighs one to nine grams."
+    file = tmp_path / "test6.jsonl"
+    row = {
+        "question_content": said,
+        "public_test_cases": "[]",
+        "private_test_cases": "x",
+    }
+    file.write_text(json.dumps(row))
+    known = samples.load_benchmarks((str(file),), 9, ())
+    assert known.find(f"Solve: {said}") is not None
+    form = benchmarks.adapt(
+        row | {"private_test_cases": '[{"input": "", "output": ""}]'}
+    )
+    assert said in form["prompt"]
+    assert known.find(form["prompt"].replace(said, "")) is None
 
 
 TABLES = st.lists(

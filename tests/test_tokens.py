@@ -175,6 +175,20 @@ def test_save_keeps_the_tokenizer(tokenizer, tmp_path):
     assert saved.prompt(MESSAGES) == tokenizer.prompt(MESSAGES)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "spm.model"])
+def test_save_keeps_the_vocabulary_that_was_named(tokenizer, tmp_path, name):
+    """Also where another lies beside it, which the folder's readers would take."""
+    source = tmp_path / "source"
+    tokens.train_sentencepiece(["7+5=12"], source, symbols=())
+    if name == "tokenizer.model":
+        (source / "tokenizer.json").write_text("{}")
+    else:
+        (source / "tokenizer.model").rename(source / name)
+    named = tokens.load(source / name)
+    named.save(tmp_path / "model")
+    assert tokens.load(tmp_path / "model").fingerprint == named.fingerprint
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text("a7 }é▁😀<|\n\ufffd"),

@@ -2,7 +2,8 @@
 
     python -m klear_jax.prepare_data --config=configs/data/rl_code.py
 
-As rl_math, but for at least 16 tests. Sources: [P] the paper, arXiv 2508.07629.
+As rl_math, but for at least 16 tests, and without the problems of LiveCodeBench, whose published
+rows must be there. Sources: [P] the paper, arXiv 2508.07629.
 """
 
 import ml_collections
@@ -17,4 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sources = ml_collections.ConfigDict()
     c.sources.klear = sections.source("raw/KlearReasoner-CodeSub-15K*", "klear_rl")
     c.clean.min_tests = 16  # [P]
+    c.clean.benchmarks += (
+        "data/livecodebench_v5.jsonl",
+    )  # [P] What gppo_code_8b evaluates on.
     return c

@@ -6,6 +6,8 @@ batches that were to come, also on another number of processes.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -419,7 +421,7 @@ def prompt_batches(
     max_prompt_tokens: int,
     seed: int,
     too_long: Literal["error", "truncate_left"] = "error",
-) -> grain.DatasetIterator:
+) -> "PromptBatches":
     """An endless iterator of prompts, shuffled anew in each epoch.
 
     An epoch's last prompts that do not fill a step wait for another epoch, so no step has
@@ -457,7 +459,42 @@ def prompt_batches(
         .repeat()
         .to_iter_dataset(IN_PROCESS)
     )
-    return iter(dataset)
+    return PromptBatches(iter(dataset), _digest(prompts))
+
+
+class PromptBatches:
+    """An iterator over prompts, which knows them from others."""
+
+    def __init__(self, batches: grain.DatasetIterator, made_of: str):
+        """`made_of` is a digest of all prompts, with their answers."""
+        self._batches, self._made_of = batches, made_of
+
+    def __iter__(self) -> "PromptBatches":
+        return self
+
+    def __next__(self) -> dict[str, list[Any]]:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self._batches.get_state(), "made_of": self._made_of}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `get_state`; an InputError where that was of other data."""
+        if state["made_of"] != self._made_of:
+            raise InputError(
+                "the checkpoint is of other data: prompts, answers, their order, or the "
+                "tokenizer have changed since it was written"
+            )
+        self._batches.set_state(state["position"])
+
+
+def _digest(prompts: Sequence[Mapping[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(np.asarray(prompt["tokens"], np.int32).tobytes())
+        rest = [prompt[name] for name in ("prompt_ids", "answers", "sources")]
+        digest.update(json.dumps(rest, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def all_prompts(

@@ -10,6 +10,10 @@ from typing import Any
 
 from klear_jax.data.rows import BadRow
 
+LIVE_CODE_BENCH = {
+    "question_content",
+    "public_test_cases",
+}  # By which its rows are known.
 MOST_BYTES = 1 << 30  # Of the hidden tests of a problem, unpacked.
 TIMEOUT_S = 6  # Of a test [LiveCodeBench].
 # [R] How the authors' code prompts begin.
@@ -28,8 +32,16 @@ def adapt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if {"task_id", "entry_point", "test", "prompt"} <= row.keys():
         return _human_eval(row)
-    if {"question_content", "public_test_cases"} <= row.keys():
+    if row.keys() >= LIVE_CODE_BENCH:
         return _live_code_bench(row)
+    return row
+
+
+def in_own_words(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with its problem as `prompt`, without what `adapt` puts around it and without tests:
+    for who looks for the problem in other texts. HumanEval's have that."""
+    if row.keys() >= LIVE_CODE_BENCH:
+        return {"prompt": row["question_content"]}
     return row
 
 
@@ -75,7 +87,8 @@ def _answer(tests: list[Mapping[str, str]], name: str | None) -> dict[str, Any]:
         pairs = [(test["input"], test["output"]) for test in tests]
         if name is None:
             inputs, outputs = zip(*pairs, strict=True)
-            found = {"inputs": list(inputs), "outputs": list(outputs)}
+            found: dict[str, Any] = {"inputs": list(inputs), "outputs": list(outputs)}
+            found["compare"] = "lines"  # [LiveCodeBench]
         else:
             found = {"functional": [_call(name, *pair) for pair in pairs]}
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:

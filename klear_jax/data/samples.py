@@ -15,6 +15,7 @@ import pyarrow.parquet
 
 from klear_jax import tokens
 from klear_jax.data import cleaning, files, rows
+from klear_jax.data.benchmarks import in_own_words
 from klear_jax.errors import InputError
 from klear_jax.rewards import code, routing
 from klear_jax.rewards.routing import RewardConfig
@@ -106,7 +107,7 @@ def load_benchmarks(
     patterns: tuple[str, ...], ngram: int, allowed: tuple[str, ...]
 ) -> cleaning.Benchmarks:
     """The problems of all benchmark files: JSON lines or parquet with a prompt, as
-    `rows.SHAPES["any"]` says."""
+    `rows.SHAPES["any"]` says, or LiveCodeBench's rows."""
     problems: list[tuple[str, str]] = []
     for path in (
         path for pattern in patterns for path in files.find("clean.benchmarks", pattern)
@@ -127,7 +128,7 @@ def read_prompts(
     for part in files.parts(path, 1 << 24):
         for origin, _, row in part.rows():
             try:
-                row = rows.from_json(row)
+                row = in_own_words(rows.from_json(row))
                 messages, _ = rows.read_prompt(row, fields)
             except rows.BadRow as error:
                 raise InputError(f"{origin}: {error}") from None
@@ -206,7 +207,7 @@ def _sample(
     """The example as a row of SCHEMA; BadRow and Unwanted say why not."""
     _check_tests(example, config.min_tests)
     said = (example.response or "", *(m["content"] for m in example.messages))
-    for marker in tokenizer.markers:
+    for marker in sorted(tokenizer.markers):
         if any(marker in text for text in said):
             raise Unwanted("control token in the text", repr(marker))
     for message in example.messages:

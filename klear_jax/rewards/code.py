@@ -3,11 +3,15 @@
 As the authors' `coder1_longcot` scorer. Programs run in `rewards.sandbox`.
 
 A ground truth is JSON, as text or read, of one of three forms, with `timeout` (seconds a
-test, default 35) and `max_test_cases` (default 16) beside:
+test, default 35), `max_test_cases` (default 16) and `compare` (default "text") beside:
 
     {"inputs": [..], "outputs": [..]}    standard input, and what must be printed
     {"functional": "assert .." or [..]}  appended to the program; a list has a test an item
     {"pytest": "from solution import *; def test_..."}
+
+With "lines" for `compare`, output is what LiveCodeBench takes it for: lines without the spaces
+around them, of which those that are numbers are compared as such; and programs have what its own
+programs have, names that they need not import and deep recursion.
 
 Tests of the first form stay outside: the program sees its input alone. Those of the other
 two run in the program's own process, so a program that is out to deceive can. What is
@@ -20,6 +24,7 @@ to everything, or that defines for itself what a test calls by name, such as `so
 
 import ast
 import dataclasses
+import decimal
 import functools
 import json
 import random
@@ -32,6 +37,7 @@ from klear_jax.errors import InputError
 from klear_jax.rewards import sandbox
 
 FORMS = ("inputs", "functional", "pytest")
+COMPARISONS = ("text", "lines")
 TOGETHER = 16  # Tests of a response that are run in one sandbox, one after the other.
 
 
@@ -43,6 +49,7 @@ class Tests:
     cases: Sequence[Any]  # (stdin, stdout) pairs, or the text of each test.
     timeout_s: float  # Of one test.
     max_tests: int | None  # Its own limit on how many are run.
+    compare: str = "text"  # Of `COMPARISONS`, for the first form.
 
 
 def parse(ground_truth: str | Mapping[str, Any]) -> Tests:
@@ -86,7 +93,10 @@ def parse(ground_truth: str | Mapping[str, Any]) -> Tests:
         )
     if most is not None and (not _is_number(most) or most != int(most) or most < 1):
         raise InputError(f"max_test_cases must be a positive integer, not {most!r}")
-    return Tests(form, cases, float(timeout_s), most and int(most))
+    compare = tests.get("compare", "text")
+    if compare not in COMPARISONS:
+        raise InputError(f"compare must be one of {COMPARISONS}, not {compare!r}")
+    return Tests(form, cases, float(timeout_s), most and int(most), compare)
 
 
 def _is_number(x: Any) -> bool:
@@ -133,7 +143,8 @@ def choose_tests(
         kept = {"inputs": list(inputs), "outputs": list(outputs)}
     else:
         kept = {tests.form: cases}
-    return kept | {"timeout": tests.timeout_s, "max_test_cases": most}
+    more = {"timeout": tests.timeout_s, "max_test_cases": most}
+    return kept | more | {"compare": tests.compare}
 
 
 def score(
@@ -221,6 +232,9 @@ def extract(response: str) -> str | None:
 def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
     tests = Tests(**json.loads(tests))
     if tests.form == "inputs":
+        if tests.compare == "lines":
+            deep = "import sys\nsys.setrecursionlimit(50_000)\n"
+            program = f"{_prelude(program)}\n{deep}{program}"
         programs = [(program, stdin) for stdin, _ in tests.cases]
         expected = [stdout for _, stdout in tests.cases]
     else:
@@ -243,12 +257,29 @@ def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
     return tuple(
         result.returncode == 0
         and (
-            result.stdout.strip() == want.strip()
+            _same(result.stdout, want, tests.compare)
             if tests.form == "inputs"
             else want in result.stdout
         )
         for result, want in zip(results, expected, strict=True)
     )
+
+
+def _same(got: str, want: str, compare: str) -> bool:
+    if compare == "text" or got.strip() == want.strip():
+        return got.strip() == want.strip()
+    pairs = [text.strip().split("\n") for text in (got, want)]
+    return len(pairs[0]) == len(pairs[1]) and all(
+        a.strip() == b.strip() or (_numbers(a) or [a]) == (_numbers(b) or [b])
+        for a, b in zip(*pairs, strict=True)
+    )
+
+
+def _numbers(line: str) -> list[decimal.Decimal] | None:
+    try:
+        return [decimal.Decimal(word) for word in line.split()]
+    except decimal.InvalidOperation:
+        return None
 
 
 # The token, and what is still needed, are held by a function, whose names the program does
