@@ -114,6 +114,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.kinds = sections.benchmark_kinds()  # [R] [P]
     c.evaluation.every = 0  # [ours] Steps between evaluations during training; 0: none.
 
-    c.checkpoint = sections.checkpoint(every=500, keep=2)  # [ours] Of 98 GB each.
+    c.checkpoint = sections.checkpoint(every=100, keep=2)  # [ours] Of 98 GB each.
     c.guards = sections.sft_guards()
     return c

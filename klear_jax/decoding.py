@@ -29,11 +29,10 @@ from klear_jax.sampling import Sampling, choose, penalise
 from klear_jax.sharding import Layout, constrain, sampling_layout
 
 
-def kernel_for(config: qwen3.Config) -> str:
-    """The kernel for this process's devices, see `kv_cache.KERNELS`: that of TPUs wants
+def kernel_for(config: qwen3.Config, platform: str) -> str:
+    """The kernel for devices of that platform, see `kv_cache.KERNELS`: that of TPUs wants
     heads as wide as a vector register, which all Qwen3 models have."""
-    on_tpu = jax.default_backend() == "tpu"
-    return "tpu" if on_tpu and config.head_dim % 128 == 0 else "xla"
+    return "tpu" if platform == "tpu" and config.head_dim % 128 == 0 else "xla"
 
 
 @flax.struct.dataclass
@@ -98,7 +97,7 @@ class Programs:
             "dtype": params["embed"].dtype if dtype is None else jnp.dtype(dtype),
         }
         self._shape, self._sampling = shape, sampling
-        kernel = kernel_for(config)
+        kernel = kernel_for(config, jax.default_backend())
         self._pair_sizes = pair_sizes(shape) if kernel == "xla" else [0]
         self._stop_ids = padded_stop_ids(stop_ids)
         self._weights = jax.block_until_ready(

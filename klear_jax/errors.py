@@ -1,6 +1,18 @@
 """Exceptions that are one sentence to the user, and not worth a second try."""
 
+import errno
+
 LONGEST = 10_000  # Characters of a sentence; of more, its beginning.
+# Of storage that does not answer now, and may again.
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+}
 
 
 class InputError(ValueError):
@@ -19,3 +31,10 @@ class InputError(ValueError):
 
 class Stopped(Exception):
     """The run has ended itself (`guards`), and says why; commands exit with 3."""
+
+
+def let_pass(error: Exception) -> None:
+    """Raises the error again if it tells of storage that fails, rather than of what lies there:
+    that is not the user's fault, and the same command may go on."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise error

@@ -198,6 +198,7 @@ def read_inputs(config: GppoConfig, pool: Pool) -> Inputs:
     """Reads all that the config names; an InputError for what cannot serve the run."""
     layout = Layout(make_mesh(config.mesh), config.mesh.rules)
     steps.check_micro_rows(config.micro_rows, layout)
+    optim.check_warm_up(config.optim, config.num_steps)
     for _, row_tokens in sampler_uses(config):
         sampler.check_engine(config.sampler, layout, row_tokens)
     tokenizer = tokens.load(config.tokenizer)

@@ -38,9 +38,9 @@ def join() -> None:
     Raises:
         InputError: these variables are not all set, or not numbers.
     """
-    if os.environ.get("SLURM_NTASKS") == "1":  # JAX would take one GPU of the node.
-        return
     found = _from_environment()
+    if not found and os.environ.get("SLURM_NTASKS") == "1":
+        return  # JAX would take one GPU of the node.
     try:
         jax.distributed.initialize(
             **found,

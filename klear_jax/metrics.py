@@ -201,10 +201,11 @@ def _appends(workdir: str | epath.Path) -> bool:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a metrics line; a line cut off by a kill counts as beyond the end."""
+    """The step of a metrics line; one cut off by a kill, or that is zeros after a power cut, counts
+    as beyond the end."""
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except ValueError:
         return math.inf
 
 

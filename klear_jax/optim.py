@@ -1,6 +1,7 @@
 """AdamW and its learning rate; the configs say where each number is from."""
 
 import dataclasses
+import logging
 import math
 
 import optax
@@ -62,6 +63,17 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay),
     )
+
+
+def check_warm_up(config: OptimConfig, num_steps: int) -> None:
+    """Warns of a run that ends before its learning rate has risen."""
+    if config.warmup_steps >= num_steps:
+        logging.getLogger(__name__).warning(
+            "optim.warmup_steps=%d of a run of %d steps: the learning rate rises to its end, and "
+            "never reaches optim.peak_lr",
+            config.warmup_steps,
+            num_steps,
+        )
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -177,7 +177,7 @@ def trace(task: str, c: Any, layout: Layout) -> dict[str, jax.stages.Traced]:
         to_score = abstract_batch((gppo.num_micro(c, c.rollout.max_groups), *rows))
         programs["score"] = score.trace(state.params, to_score, number)
     platform = layout.mesh.devices.flat[0].platform
-    kernel = "tpu" if platform == "tpu" else "xla"
+    kernel = decoding.kernel_for(c.model, platform)
     for i, (how, row_tokens) in enumerate(sampler_uses(c)):
         shape = sampler.program_shape(c.sampler, layout, row_tokens, kernel=kernel)
         found = decoding.trace_programs(

@@ -20,7 +20,7 @@ from klear_jax import hosts
 # Between two signals that are one: a process and its parent, which tells it again.
 SAME_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# EX_TEMPFAIL of sysexits.h: the same command goes on. Launch scripts know it.
+# EX_TEMPFAIL of sysexits.h: it has saved, and the same command goes on. Launch scripts know it.
 EXIT_CODE = 75
 
 
@@ -53,7 +53,7 @@ class _Notice:
             left = deadline and max(0.0, deadline - time.monotonic())
             if not select.select([self._reader], [], [], left)[0]:
                 what = "saved" if self.saved else "not saved; the last checkpoint stays"
-                _end(f"{self._grace_s:g} s are over: {what}")
+                _end(f"{self._grace_s:g} s are over: {what}", self.saved)
             (number,) = os.read(self._reader, 1)
             if not number:
                 return
@@ -63,7 +63,8 @@ class _Notice:
             if deadline and deadline - time.monotonic() > self._grace_s - SAME_S:
                 continue
             if deadline:
-                _end(f"{name} again: ended without saving")
+                what = "saved" if self.saved else "ended without saving"
+                _end(f"{name} again: {what}", self.saved)
             self.told.set()
             deadline = time.monotonic() + self._grace_s
             _say(
@@ -116,6 +117,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _end(text: str) -> None:
+def _end(text: str, saved: bool) -> None:
     _say(text)
-    os._exit(EXIT_CODE)
+    # Without a save it is a failure like others: who starts it again counts them.
+    os._exit(EXIT_CODE if saved else 1)

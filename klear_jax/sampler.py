@@ -187,7 +187,7 @@ def sample_groups(
         token, over all steps).
     """
     check_groups(groups, config, stop_ids)
-    kernel = decoding.kernel_for(config)
+    kernel = decoding.kernel_for(config, jax.default_backend())
     shape = program_shape(engine, layout, slot_tokens, groups, kernel=kernel)
     check_fits(groups, shape)
     start = time.perf_counter()
@@ -246,7 +246,10 @@ def warm_up(
 ) -> None:
     """Compiles all programs that `sample_groups` with these arguments will ever use."""
     shape = program_shape(
-        engine, layout, slot_tokens, kernel=decoding.kernel_for(config)
+        engine,
+        layout,
+        slot_tokens,
+        kernel=decoding.kernel_for(config, jax.default_backend()),
     )
     decoding.Programs(
         params,

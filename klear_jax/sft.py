@@ -113,7 +113,8 @@ class SftConfig:
         check_wandb(self.wandb)
         if self.batch_rows < 1 or self.micro_rows < 1:
             raise InputError("batch_rows and micro_rows must be at least 1")
-        if (self.num_steps > 0) == (self.num_epochs > 0):
+        low, high = sorted((self.num_steps, self.num_epochs))
+        if not low == 0 < high:
             raise InputError("set one of num_steps and num_epochs, the other to 0")
         if self.batch_rows % self.micro_rows:
             raise InputError(
@@ -190,6 +191,7 @@ def read_inputs(config: SftConfig, pool: Pool) -> Inputs:
     sources = _read(config.data, config.data.split, tokenizer)
     epoch_steps = steps_of_epoch(config, sources)
     num_steps = config.num_steps or max(1, round(config.num_epochs * epoch_steps))
+    optim.check_warm_up(config.optim, num_steps)
     data = sft_batches(
         sources,
         row_tokens=config.data.row_tokens,

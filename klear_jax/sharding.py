@@ -37,6 +37,12 @@ class MeshConfig:
                 raise InputError(
                     f"mesh.rules.{axis} names {sorted(unknown)}: the mesh axes are {MESH_AXES}"
                 )
+        heads, kv_heads = map(self.rules.get, ("heads", "kv_heads"))
+        if heads != kv_heads:
+            raise InputError(
+                f"mesh.rules.kv_heads={kv_heads} must be mesh.rules.heads={heads}: query heads "
+                "lie where their key heads are"
+            )
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -26,6 +26,8 @@
 #   CPUS=8                         for a GPU; code rewards want more
 #   RESTARTS=10 RESTART_HOURS=24   no more than so many in so many hours, then the job fails; a
 #                                  run that was told to end, and saved, is not counted
+#   SAVE_SECONDS=200               for saving, before the end of the time; of a preemption as many
+#                                  as Slurm gives (GraceTime)
 #   SBATCH_FLAGS, SRUN_FLAGS       more flags
 set -euo pipefail
 # In the job, $0 is Slurm's copy of this file, and the tree is where it was submitted.
@@ -43,7 +45,7 @@ run() {
   [ "$dry_run" ] || mkdir -p "$logs"
   job=(--job-name="$name" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS"
     --cpus-per-task="$CPUS" --mem=0 --chdir="$PWD" --output="$logs/job.log" --open-mode=append
-    --requeue --signal=B:USR1@300 --dependency=singleton)
+    --requeue "--signal=B:USR1@$((SAVE_SECONDS + 100))" --dependency=singleton)
   read -ra words <<<"${SBATCH_FLAGS:-}"
   # Two who install into one .venv wait for each other.
   call '' flock runs/slurm/lock bash -c "source launch/setup.sh && setup '.[$extras]'" || fail "the installation failed" 1
@@ -87,7 +89,7 @@ _job() { # Once for the whole job, on its first node.
 
 tell_all() { # To save. A step that does not end is not waited for until the time is over.
   scancel --signal=TERM "$SLURM_JOB_ID" || true
-  (sleep "${SAVE_SECONDS:-200}" 3>&- 4>&- >/dev/null 2>&1 && requeue) &
+  (sleep "$((SAVE_SECONDS + 20))" 3>&- 4>&- >/dev/null 2>&1 && requeue) &
   late=$!
 }
 
@@ -103,6 +105,10 @@ _task() { # Once for each GPU.
   read_command "$@"
   [ ! "$workdir" ] || JAX_COMPILATION_CACHE_DIR=$(cache_of "$workdir")
   export JAX_COMPILATION_CACHE_DIR PYTHONUNBUFFERED=1
+  case "$module ${flags[*]}" in
+    evaluate\ * | *checkpoint.grace_s*) ;;
+    *) flags+=("--config.checkpoint.grace_s=$SAVE_SECONDS") ;;
+  esac
   # Slurm may tell this shell alone to end, which is not to end before the command has saved.
   trap 'told=1; kill -TERM "$child" 2>/dev/null || true' TERM
   .venv/bin/python -m "klear_jax.$module" "${flags[@]}" &
@@ -129,7 +135,7 @@ done
 [ $# -ge 2 ] || fail "usage: $0 [--dry_run] NAME run|logs|status|stop"
 name=$1 verb=$2
 [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || fail "NAME is of letters, digits, _, . and -, not '$name'"
-GPUS=${GPUS:-8} CPUS=${CPUS:-8} logs=runs/slurm/$name
+GPUS=${GPUS:-8} CPUS=${CPUS:-8} SAVE_SECONDS=${SAVE_SECONDS:-200} logs=runs/slurm/$name
 case $verb in
   run | _job | _task) "$verb" "${@:3}" ;;
   logs) call '' tail -n 100 -F "$logs/job.log" "$logs/task_0.log" ;;

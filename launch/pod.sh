@@ -58,6 +58,9 @@ read_command() {
 cache_of() { # WORKDIR
   local workdir=${1%/}
   case $workdir in
+    # Beside a bucket, or a folder of the root, there is nothing of one's own.
+    gs://*/* | /*/*) echo "${workdir%/*}/compilation_cache" ;;
+    gs://* | /*) echo "$workdir/compilation_cache" ;;
     */*) echo "${workdir%/*}/compilation_cache" ;;
     *) echo compilation_cache ;;
   esac

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what a damaged one does, and what they say of themselves."""
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
@@ -203,6 +204,23 @@ def test_the_one_before_a_damaged_one_is_used(tmp_path, caplog, folder, before):
     assert aside.is_dir() and "params/d/" in aside.with_suffix(".txt").read_text()
     with opened(tmp_path) as checkpoints:
         assert restored(checkpoints)[0] == 7.0
+
+
+def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+    """It ends the run, which may be started again, and no checkpoint is set aside."""
+    saved(tmp_path, 1, 2)
+    digest = checkpoint._digest
+
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            opened(tmp_path)
+    assert checkpoint._digest is digest and not (tmp_path / "damaged").exists()
+    with opened(tmp_path) as checkpoints:
+        assert restored(checkpoints)[0] == 2.0
 
 
 def test_when_none_is_left_the_run_does_not_begin_anew(tmp_path):

@@ -532,6 +532,14 @@ SFT_REFUSED = [
         "in config: set one of num_steps and num_epochs, the other to 0",
     ),
     ({"num_epochs": 1.0}, "in config: set one of num_steps and num_epochs"),
+    (
+        {"num_epochs": 1.0, "num_steps": -5},
+        "in config: set one of num_steps and num_epochs",
+    ),
+    (
+        {"mesh.rules.kv_heads": ()},
+        "in config.mesh: mesh.rules.kv_heads=() must be mesh.rules.heads=('tensor',)",
+    ),
     ({"data.weights.math": 0.0}, "in config.data: data.weights must be positive"),
     (
         {"validation.split": "test", "validation.batches": 0},

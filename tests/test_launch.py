@@ -396,6 +396,8 @@ NEW = ["describe", "create", "describe", "list", "status", "scp", "setup", "star
 COMMAND = ["-m", "klear_jax.train", *ARGS]
 ONE = [("0.0", COMMAND)]
 BOTH = [*ONE, ("0.1", COMMAND)]
+# Which gives more time to save than a spot TPU has.
+BY_SLURM = [(i, [*COMMAND, "--config.checkpoint.grace_s=200"]) for i in "01"]
 
 
 def test_a_new_pod(cloud):
@@ -803,7 +805,7 @@ def test_slurm(cloud):
     assert {"--kill-on-bad-exit=1", "--gpu-bind=none", "--cpus-per-task=8"} < set(
         step["args"]
     )
-    assert cloud.trained() == [("0", COMMAND), ("1", COMMAND)]
+    assert cloud.trained() == BY_SLURM
     for entry in cloud.log("train"):
         env = entry["env"]
         assert env["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/runs/compilation_cache"
@@ -812,6 +814,33 @@ def test_slurm(cloud):
     logs = cloud.tree / "runs/slurm/job"
     assert (logs / "task_1.log").read_text() == "start 0 of 1\n"
     assert cloud.log("python")[0]["args"][-1] == ".[cuda,gcs]"
+
+
+def test_slurm_leaves_the_time_to_save_as_it_was_given(cloud):
+    own = "--config.checkpoint.grace_s=60"
+    slurm(cloud, "job", "run", *ARGS, own)
+    slurm(cloud, "job", "run", "evaluate", *ARGS)  # Which has no such key.
+    commands = [command[2:] for _, command in cloud.trained()]
+    assert commands == [[*ARGS, own]] * 2 + [ARGS] * 2
+
+
+@pytest.mark.parametrize(
+    "workdir, cache",
+    [
+        ("gs://bucket/runs/a/", "gs://bucket/runs/compilation_cache"),
+        ("gs://bucket", "gs://bucket/compilation_cache"),  # Not a stranger's bucket.
+        ("/scratch/a", "/scratch/compilation_cache"),
+        ("/scratch", "/scratch/compilation_cache"),
+        ("runs/a", "runs/compilation_cache"),
+        ("a", "compilation_cache"),
+    ],
+)
+def test_compiled_programs_lie_beside_the_workdir(workdir, cache):
+    script = f"source launch/pod.sh; cache_of {workdir}"
+    found = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.stdout == f"{cache}\n", found.stderr
 
 
 def test_slurm_dry_run(cloud):
@@ -844,7 +873,7 @@ def test_slurm_failures_are_tried_again_a_bounded_number_of_times(cloud):
     cloud.plan(train=[1])
     _, err = slurm(cloud, "job", "run", *ARGS, RESTARTS="2")
     assert names(cloud).count("srun") == 3 and names(cloud).count("scontrol") == 3
-    assert cloud.trained() == [("0", COMMAND), ("1", COMMAND)] * 3
+    assert cloud.trained() == BY_SLURM * 3
     assert cloud.state()["code"] == 1
     assert "given up after 2 restarts" in err
 

@@ -19,13 +19,15 @@ def lines(workdir):
     return (workdir / "metrics.jsonl").read_text().splitlines()
 
 
-def test_a_resumed_run_writes_its_steps_again(tmp_path):
+# As a kill leaves the end of the file, and as a power cut may.
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', "\0" * 41])
+def test_a_resumed_run_writes_its_steps_again(tmp_path, torn):
     with Writer(tmp_path, next_step=0) as writer:
         for step in range(4):
             writer.write(step, {"loss": 0.5 * step})
             writer.write_samples(step, [{"response": "é", "step": step}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # Killed as it wrote.
+        file.write(torn)
     with Writer(tmp_path, next_step=2) as writer:
         writer.write(2, {"loss": np.float32(7), "gap": float("nan")})
     assert list(map(json.loads, lines(tmp_path))) == [

@@ -8,7 +8,7 @@ import jax
 import pytest
 from test_configs import parse
 
-from klear_jax import plan, qwen3, roofline
+from klear_jax import decoding, plan, qwen3, roofline
 from klear_jax.errors import InputError
 from klear_jax.sharding import Layout, make_mesh
 
@@ -103,6 +103,16 @@ def test_what_is_kept_is_neither_computed_nor_sent_anew(compiled):
     none, dots, attention, full = (model.train(1, 64, 64) for model in models)
     assert none.flops == dots.flops < attention.flops < full.flops
     assert none.sent_bytes < dots.sent_bytes < attention.sent_bytes == full.sent_bytes
+
+
+@pytest.mark.parametrize(
+    "platform, head_dim, kernel",
+    [("tpu", 128, "tpu"), ("tpu", 64, "xla"), ("cpu", 128, "xla"), ("gpu", 128, "xla")],
+)
+def test_the_kernel_of_a_plan_is_that_of_a_run(platform, head_dim, kernel):
+    _, c = parse("gppo_tiny")
+    model = dataclasses.replace(c.model, head_dim=head_dim)
+    assert decoding.kernel_for(model, platform) == kernel
 
 
 def test_replicas_on_several_slices_send_between_them():

@@ -4,6 +4,7 @@ workers, parts or kills."""
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -904,6 +905,14 @@ def test_prepared_data_that_do_not_serve(read, undisturbed, tokenizer, tmp_path)
         ):
             for _ in range(40):
                 next(sft.iterator)
+
+    class Gone:
+        def __getitem__(self, index):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    # No fault of the data: the same command may go on.
+    with pytest.raises(OSError, match="Stale file handle"):
+        dataclasses.replace(found[0].rows, source=Gone())[0]
     other = tmp_path / "other"
     tokens.train_sentencepiece(["other"], other, symbols=())
     with pytest.raises(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import test_runs
@@ -153,6 +154,26 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(tmp_path):
     with Run(tmp_path, workdir) as run:
         assert run.wait(300) == [0, 0], run.logs[0].read_text()[-3000:]
     test_runs.assert_same_run(whole, workdir)
+
+
+def test_what_says_who_is_one_of_several_goes_before_slurm(monkeypatch):
+    """One task of Slurm may be one of several processes that were started by hand."""
+    joined = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda **found: joined.append(found)
+    )
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    hosts.join()
+    assert not joined
+    for name, value in (
+        ("COORDINATOR_ADDRESS", "localhost:1"),
+        ("NUM_PROCESSES", "2"),
+        ("PROCESS_ID", "1"),
+    ):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    hosts.join()
+    [found] = joined
+    assert (found["num_processes"], found["process_id"]) == (2, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from klear_jax.data import shards
 from klear_jax.data.examples import read_examples
 from klear_jax.data.rows import Example
 from klear_jax.data.samples import tokenize
-from klear_jax.errors import InputError
+from klear_jax.errors import InputError, let_pass
 from klear_jax.tokens import Tokenizer
 
 # In the caller's thread, or in that of `prefetch`: more would compete with the loop.
@@ -277,6 +277,7 @@ class _Rows:
             row = self.source[self.start + index]
             return _sample(row["tokens"], row["prompt_tokens"])
         except Exception as error:  # protobuf and array_record raise a class each.
+            let_pass(error)
             raise InputError(
                 f"{self.name}: sample {self.start + index} cannot be read, is its file "
                 f"damaged? {error}"

@@ -8,7 +8,7 @@ from etils import epath
 
 from klear_jax.data import benchmarks, files, rows, shards
 from klear_jax.data.rows import Example
-from klear_jax.errors import InputError
+from klear_jax.errors import InputError, let_pass
 
 
 def read_examples(path: epath.PathLike, split: str = "") -> list[Example]:
@@ -54,6 +54,7 @@ def _read_tfds(path: epath.Path, split: str) -> list[Example]:
     try:
         read = source.__getitems__(range(len(source)))
     except Exception as error:  # TFDS, protobuf and array_record raise a class each.
+        let_pass(error)
         raise InputError(f"{path}, split {split!r}, cannot be read: {error}") from error
     examples = []
     for i, row in enumerate(read):

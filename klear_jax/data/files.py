@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
-from klear_jax.errors import InputError
+from klear_jax.errors import InputError, let_pass
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 20  # Bytes that are read at once.
@@ -139,6 +139,7 @@ def parts(
         else:
             yield from _line_parts(path, part_bytes)
     except (OSError, pyarrow.ArrowException, EOFError) as error:
+        let_pass(error)
         kind = "parquet" if path.endswith(".parquet") else "JSON lines"
         raise InputError(
             f"{path} cannot be read to its end as {kind}: {error}"

@@ -19,7 +19,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from klear_jax import config as config_lib
 from klear_jax.data.choosing import Choice, Table
 from klear_jax.data.samples import put
-from klear_jax.errors import InputError
+from klear_jax.errors import InputError, let_pass
 
 SHARED = {
     "messages": tfds.features.Text(
@@ -221,6 +221,7 @@ def read_builder(folder: epath.PathLike) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS and protobuf raise a class each.
+        let_pass(error)
         raise InputError(f"{folder} is a broken data set: {error}") from error
 
 
@@ -229,6 +230,7 @@ def read_source(folder: epath.PathLike, split: str) -> Sequence[dict[str, Any]]:
     try:
         return read_builder(folder).as_data_source(split)
     except Exception as error:
+        let_pass(error)
         raise InputError(
             f"{folder}, split {split!r}, cannot be read: {error}"
         ) from error
