@@ -7,8 +7,8 @@ another workdir; or, with neither, what the config starts from) as the config's 
 `evaluation` says, with the config's YaRN if it has one. Prints the result as JSON, and
 writes it to --output, by default evaluation.json in the workdir, or evaluation_MODEL.json
 here, with tables beside it
-(.md), and all answers (.samples.jsonl, or --samples=FILE): prompt, response, answer, reward,
-correct. `prepare_data` reads these: for the pass rate of each prompt, or to learn from.
+(.md), and all answers (.samples.jsonl, or --samples=FILE): prompt, response, answer (of tests a
+digest), reward, correct. `prepare_data` reads these: for the pass rate of each prompt, or to learn from.
 The same command goes on where it was cut off.
 """
 
@@ -54,6 +54,7 @@ from klear_jax.sharding import Layout, MeshConfig, make_mesh, put
 
 GRACE_S = 25.0  # From a signal to the end: a spot TPU goes 30 s after it is told.
 EXCERPT = 60  # Characters of a problem in a table.
+LONG_ANSWER = 1_000  # Characters; of longer ones a digest is kept with each sample.
 # Reward -> what stands for an answer in a vote. Programs have no vote.
 VOTES = {
     "math": "math_answer",
@@ -319,7 +320,7 @@ class Questions:
             "data": self.problems["data"][i],
             "prompt": self.problems["messages"][i],
             "response": self.tokenizer.decode(sample.tokens),
-            "answer": self.problems["answers"][i],
+            "answer": in_short(self.problems["answers"][i]),
             "data_source": self.problems["sources"][i],
             "reward": finite(outcome.score),
             "reward_status": outcome.status,
@@ -327,6 +328,14 @@ class Questions:
             "finished": sample.finished,
             "num_tokens": len(sample.tokens),
         }
+
+
+def in_short(answer: Any) -> Any:
+    """A reference answer as rows keep it: of a long one, such as megabytes of tests, a digest."""
+    text = answer if isinstance(answer, str) else json.dumps(answer, sort_keys=True)
+    if len(text) <= LONG_ANSWER:
+        return answer
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _without(open_: rollout.OpenGroup, rows: Sequence[Row | None]) -> rollout.OpenGroup:
@@ -590,12 +599,12 @@ def still_asked(
 ) -> dict[Key, Row]:
     """The answers but for those that could not be scored, and those to problems that are others
     now, of which the data tells."""
-    names = ("messages", "answers", "sources")
+    names = ("prompt_ids", "messages", "answers", "sources")
     columns = zip(*(problems[name] for name in names), strict=True)
     # As JSON has them, which is how rows were kept.
     asked = {
-        one: json.loads(json.dumps(values))
-        for one, values in zip(problems["prompt_ids"], columns, strict=True)
+        one: json.loads(json.dumps([messages, in_short(answer), source]))
+        for one, messages, answer, source in columns
     }
     same = {
         key: row

@@ -308,8 +308,19 @@ def test_answers_that_say_nothing_are_drawn_again(calls):
     assert same == {key: row for key, row in found.items() if key[0] == 0}
     late = found | {(0, False, 0): found[0, False, 0] | {"reward": None}}
     assert late.keys() - evaluate.still_asked(late, PROBLEMS).keys() == {(0, False, 0)}
+    tests = [{"inputs": ["1" * 2_000], "outputs": [str(i)]} for i in range(3)]
+    programs = PROBLEMS | {"answers": tests}
+    rows = json.loads(json.dumps(run(CONFIG, problems=programs)))
+    assert len(rows[0]["answer"]) == 71  # Not megabytes of tests for each sample.
+    found = {key_of(row): row for row in rows}
+    assert evaluate.still_asked(found, programs) == found
+    programs["answers"] = [*tests[:2], {**tests[2], "timeout": 7}]
+    same = evaluate.still_asked(found, programs)
+    assert {key[0] for key in same} == {0, 1}
     fewer = {name: values[:1] for name, values in PROBLEMS.items()}
-    assert evaluate.still_asked(found, fewer).keys() == same.keys()
+    found = {key_of(row): row for row in run(CONFIG)}
+    same = evaluate.still_asked(found, fewer)
+    assert {key[0] for key in same} == {0} and len(same) == 5
 
 
 def test_answers_are_of_the_weights_and_rewards_they_were_made_with(tmp_path):
