@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +32,7 @@ from klear_jax import (
     steps,
     tokens,
 )
-from klear_jax.data.batches import prompt_batches
+from klear_jax.data.batches import PromptBatches, prompt_batches
 from klear_jax.data.examples import read_examples
 from klear_jax.errors import InputError
 from klear_jax.rewards import routing
@@ -190,7 +189,7 @@ class Inputs:
 
     layout: Layout
     tokenizer: tokens.Tokenizer
-    prompts: grain.DatasetIterator
+    prompts: PromptBatches
     problems: Mapping[str, Sequence[Any]]  # To evaluate on.
 
 
