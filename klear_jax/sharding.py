@@ -37,7 +37,8 @@ class MeshConfig:
                 raise InputError(
                     f"mesh.rules.{axis} names {sorted(unknown)}: the mesh axes are {MESH_AXES}"
                 )
-        heads, kv_heads = map(self.rules.get, ("heads", "kv_heads"))
+        heads = self.rules.get("heads")
+        kv_heads = self.rules.get("kv_heads", heads)
         if heads != kv_heads:
             raise InputError(
                 f"mesh.rules.kv_heads={kv_heads} must be mesh.rules.heads={heads}: query heads "
