@@ -228,9 +228,9 @@ def test_a_mean_of_nothing_is_no_fault_and_a_saved_batch_is(make):
 
 def test_seeds_are_one_group_and_others_say_what_differs(make):
     runs = [
-        make(seed=0, workdir="a"),
+        make(seed=0, workdir="a", loss__kind="gppo"),
         make(loss__kind="cispo", loss__dual_clip=None),
-        make(seed=1, workdir="b", init_from="other"),
+        make(seed=1, workdir="b", init_from="other", loss__kind="gppo"),
     ]
     data, _ = read(report.make_page(runs, None))
     assert data["groups"] == [
