@@ -35,18 +35,24 @@ def _alarm(timeout_seconds: float | None) -> Callable[..., Any]:
     if not timeout_seconds or timeout_seconds <= 0:
         return lambda function: function
 
-    def ring(*_: object) -> None:
-        raise math_verify.errors.TimeoutException
-
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            running = True
+
+            def ring(*_: object) -> None:
+                if running:
+                    raise math_verify.errors.TimeoutException
+
             handler = signal.signal(signal.SIGPROF, ring)
             timer = signal.setitimer(signal.ITIMER_PROF, timeout_seconds)
             try:
                 return function(*args, **kwargs)
             finally:
+                running = False
                 signal.setitimer(signal.ITIMER_PROF, *timer)
-                if handler is not None:  # One that Python knows.
+                # Without one ours stays, which does nothing any more: by default an alarm that is
+                # still on its way would end the process.
+                if callable(handler):
                     signal.signal(signal.SIGPROF, handler)
 
         return call
