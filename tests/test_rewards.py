@@ -220,14 +220,14 @@ def test_alarms_leave_the_timer_of_others():
     def heard(*_):
         pytest.fail("it was far away")
 
-    before = signal.signal(signal.SIGPROF, heard)
-    signal.setitimer(signal.ITIMER_PROF, 1_000)
+    before = signal.signal(signal.SIGVTALRM, heard)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1_000)
     try:
         assert math_reward.judge("\\boxed{5} beside a profiler", "5") == 1.0
-        assert signal.getsignal(signal.SIGPROF) is heard
+        assert signal.getsignal(signal.SIGVTALRM) is heard
     finally:
-        left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        left, _ = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
     assert left == pytest.approx(1_000, abs=5)
 
 

@@ -30,7 +30,8 @@ _ALARM_S = 5
 def _alarm(timeout_seconds: float | None) -> Callable[..., Any]:
     """Takes the place of math-verify's decorator: CPU seconds of this process (all its threads;
     the pool's workers have one), not of the clock, by which a busy machine makes a right answer
-    wrong. What waits without computing is left to the pool's own limit.
+    wrong. What waits without computing is left to the pool's own limit. (Of user code alone, for
+    SIGPROF, which would count the kernel's, too, is sent by libtpu where that was loaded.)
     """
     if not timeout_seconds or timeout_seconds <= 0:
         return lambda function: function
@@ -43,17 +44,17 @@ def _alarm(timeout_seconds: float | None) -> Callable[..., Any]:
                 if running:
                     raise math_verify.errors.TimeoutException
 
-            handler = signal.signal(signal.SIGPROF, ring)
-            timer = signal.setitimer(signal.ITIMER_PROF, timeout_seconds)
+            handler = signal.signal(signal.SIGVTALRM, ring)
+            timer = signal.setitimer(signal.ITIMER_VIRTUAL, timeout_seconds)
             try:
                 return function(*args, **kwargs)
             finally:
                 running = False
-                signal.setitimer(signal.ITIMER_PROF, *timer)
+                signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
                 # Without one ours stays, which does nothing any more: by default an alarm that is
                 # still on its way would end the process.
                 if callable(handler):
-                    signal.signal(signal.SIGPROF, handler)
+                    signal.signal(signal.SIGVTALRM, handler)
 
         return call
 
