@@ -57,10 +57,9 @@ read_command() {
 # Compiled programs lie beside the workdir: a restart, or the next run, skips compiling.
 cache_of() { # WORKDIR
   local workdir=${1%/}
-  case $workdir in
-    # Beside a bucket, or a folder of the root, there is nothing of one's own.
-    gs://*/* | /*/*) echo "${workdir%/*}/compilation_cache" ;;
-    gs://* | /*) echo "$workdir/compilation_cache" ;;
+  case ${workdir#gs:/} in
+    /*/*) echo "${workdir%/*}/compilation_cache" ;;
+    /*) echo "$workdir/compilation_cache" ;; # Beside a bucket, nothing is one's own.
     */*) echo "${workdir%/*}/compilation_cache" ;;
     *) echo compilation_cache ;;
   esac

@@ -94,6 +94,7 @@ def test_live_code_bench_by_standard_input(tmp_path):
     assert judge(example, deep + "print(f(5_000) * 0 + sum(2 * [int(input())]))") == 1
     assert judge(example, "d = deque([int(input())])\nprint(2 * d[0])") == 1
     assert judge(example, "print(2 * int(input()), 1)") == -1
+    assert judge(example, "print('snan')") == -1
     assert judge(example, "print(2 * int(input()))\nprint()\nprint(1)") == -1
     plain = live_code_bench(private_test_cases=json.dumps(HIDDEN))
     assert read(tmp_path, plain)[0].answer == example.answer

@@ -202,7 +202,7 @@ def test_alarms_count_the_seconds_of_the_process_and_not_of_the_clock(monkeypatc
     def work(*args, **kwargs):
         end = time.process_time() + 0.5
         while time.process_time() < end:
-            pass
+            sum(range(10_000))  # Not the clock alone, which is the kernel's work.
         return parse(*args, **kwargs)
 
     monkeypatch.setattr(math_verify.parser, "extract_target_from_pred", sleep)
@@ -229,6 +229,28 @@ def test_alarms_leave_the_timer_of_others():
         left, _ = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
     assert left == pytest.approx(1_000, abs=5)
+
+
+def test_alarms_are_not_what_libtpu_sends():
+    """SIGPROF, 100 times a second, once a process has compiled for a TPU."""
+    heard, judged = [], threading.Event()
+
+    def send():
+        while not judged.wait(0.001):
+            os.kill(os.getpid(), signal.SIGPROF)
+
+    before = signal.signal(signal.SIGPROF, lambda *_: heard.append(True))
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        scores = [
+            math_reward.judge(f"\\boxed{{{n}}} of many", str(n)) for n in range(50)
+        ]
+    finally:
+        judged.set()
+        sender.join()
+        signal.signal(signal.SIGPROF, before)
+    assert scores == [1.0] * 50 and heard
 
 
 def test_alarms_are_not_logged():

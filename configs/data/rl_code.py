@@ -18,7 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.sources = ml_collections.ConfigDict()
     c.sources.klear = sections.source("raw/KlearReasoner-CodeSub-15K*", "klear_rl")
     c.clean.min_tests = 16  # [P]
-    c.clean.benchmarks += (
-        "data/livecodebench_v5.jsonl",
-    )  # [P] What gppo_code_8b evaluates on.
+    # What gppo_code_8b evaluates on.
+    c.clean.benchmarks += ("data/livecodebench_v5.jsonl",)  # [P]
     return c

@@ -8,7 +8,7 @@ from configs.study import setting
 
 
 def get_study() -> setting.Study:
-    high = {"optim.peak_lr": setting.HIGH_LR, "optim.end_lr": setting.HIGH_LR}
+    high = setting.at(setting.HIGH_LR)
     return setting.Study(
         name="beta_low",
         question="How much of the low side's gradient is too much?",

@@ -13,12 +13,10 @@ def get_study() -> setting.Study:
     return setting.Study(
         name="checkpoints",
         question="Does it hold on other checkpoints?",
-        variants={
-            f"{name}, {rate}": clip.CLIPS[name]
-            | {"optim.peak_lr": lr, "optim.end_lr": lr}
-            for rate, lr in clip.RATES.items()
-            for name in ("clip_higher", "gppo", "only_high")
-        },
+        variants=setting.at_rates(
+            {name: clip.CLIPS[name] for name in ("clip_higher", "gppo", "only_high")},
+            clip.RATES,
+        ),
         seeds=setting.OTHER_SEEDS,
         paper="one checkpoint, one run of each",
     )

@@ -16,9 +16,7 @@ def get_study() -> setting.Study:
         name="dual",
         question="Does a bound for A < 0 help, and does keeping its gradient?",
         variants={
-            name: values
-            | {"optim.peak_lr": setting.HIGH_LR, "optim.end_lr": setting.HIGH_LR}
-            for name, values in DUALS.items()
+            name: values | setting.at(setting.HIGH_LR) for name, values in DUALS.items()
         },
         seeds=range(16),
         paper="no word of it; the released recipe has 10",

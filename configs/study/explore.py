@@ -13,11 +13,7 @@ def get_study() -> setting.Study:
         name="explore",
         question="At which rates does the clip bite, and does the baseline learn?",
         variants={
-            f"clip_higher at {lr:g}": {
-                "loss.kind": "clip_higher",
-                "optim.peak_lr": lr,
-                "optim.end_lr": lr,
-            }
+            f"clip_higher at {lr:g}": {"loss.kind": "clip_higher"} | setting.at(lr)
             for lr in (1e-4, 2e-4, 3e-4, 5e-4, 7e-4)
         },
         seeds=setting.EXPLORING_SEEDS,

@@ -51,6 +51,22 @@ class Study:
     setting: str = "setting"
 
 
+def at(lr: float) -> dict[str, float]:
+    """The values of a constant learning rate."""
+    return {"optim.peak_lr": lr, "optim.end_lr": lr}
+
+
+def at_rates(
+    variants: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """'name, rate' -> the values of the variant of that name, at each of the rates."""
+    return {
+        f"{name}, {rate}": {**values, **at(lr)}
+        for rate, lr in rates.items()
+        for name, values in variants.items()
+    }
+
+
 def get_sft_config(seed: int) -> ml_collections.ConfigDict:
     """Of a checkpoint that runs start from: as sft_tiny, on the studies' own data."""
     c = sft_tiny.get_config()

@@ -10,10 +10,8 @@ from typing import Any
 
 from klear_jax.data.rows import BadRow
 
-LIVE_CODE_BENCH = {
-    "question_content",
-    "public_test_cases",
-}  # By which its rows are known.
+# By which its rows are known.
+LIVE_CODE_BENCH = {"question_content", "public_test_cases"}
 MOST_BYTES = 1 << 30  # Of the hidden tests of a problem, unpacked.
 TIMEOUT_S = 6  # Of a test [LiveCodeBench].
 # [R] How the authors' code prompts begin.

@@ -143,8 +143,11 @@ def choose_tests(
         kept = {"inputs": list(inputs), "outputs": list(outputs)}
     else:
         kept = {tests.form: cases}
-    more = {"timeout": tests.timeout_s, "max_test_cases": most}
-    return kept | more | {"compare": tests.compare}
+    return kept | {
+        "timeout": tests.timeout_s,
+        "max_test_cases": most,
+        "compare": tests.compare,
+    }
 
 
 def score(
@@ -266,20 +269,21 @@ def _passes(program: str, tests: str, **limits: Any) -> tuple[bool, ...]:
 
 
 def _same(got: str, want: str, compare: str) -> bool:
-    if compare == "text" or got.strip() == want.strip():
-        return got.strip() == want.strip()
-    pairs = [text.strip().split("\n") for text in (got, want)]
-    return len(pairs[0]) == len(pairs[1]) and all(
-        a.strip() == b.strip() or (_numbers(a) or [a]) == (_numbers(b) or [b])
-        for a, b in zip(*pairs, strict=True)
-    )
+    """Whether what was printed is what should be, as `compare` says."""
+    got, want = got.strip(), want.strip()
+    if compare == "text":
+        return got == want
+    return list(map(_line, got.split("\n"))) == list(map(_line, want.split("\n")))
 
 
-def _numbers(line: str) -> list[decimal.Decimal] | None:
+def _line(text: str) -> str | list[decimal.Decimal]:
+    """A line of 'lines': its numbers, if it has nothing else."""
     try:
-        return [decimal.Decimal(word) for word in line.split()]
+        numbers = [decimal.Decimal(word) for word in text.split()]
     except decimal.InvalidOperation:
-        return None
+        return text.strip()
+    # nan is not equal to itself, and some of its kinds cannot be compared.
+    return numbers if all(map(decimal.Decimal.is_finite, numbers)) else text.strip()
 
 
 # The token, and what is still needed, are held by a function, whose names the program does

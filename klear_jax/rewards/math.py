@@ -30,15 +30,16 @@ _ALARM_S = 5
 def _alarm(timeout_seconds: float | None) -> Callable[..., Any]:
     """Takes the place of math-verify's decorator: CPU seconds of this process (all its threads;
     the pool's workers have one), not of the clock, by which a busy machine makes a right answer
-    wrong. What waits without computing is left to the pool's own limit. (Of user code alone, for
-    SIGPROF, which would count the kernel's, too, is sent by libtpu where that was loaded.)
+    wrong. What waits without computing is left to the pool's own limit. (Those of user code: the
+    signal that counts the kernel's, too, SIGPROF, is what libtpu sends 100 times a second, once it is
+    loaded.)
     """
     if not timeout_seconds or timeout_seconds <= 0:
         return lambda function: function
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            running = True
+            running = False
 
             def ring(*_: object) -> None:
                 if running:
@@ -47,6 +48,7 @@ def _alarm(timeout_seconds: float | None) -> Callable[..., Any]:
             handler = signal.signal(signal.SIGVTALRM, ring)
             timer = signal.setitimer(signal.ITIMER_VIRTUAL, timeout_seconds)
             try:
+                running = True
                 return function(*args, **kwargs)
             finally:
                 running = False
