@@ -493,7 +493,7 @@ BAD_INPUT = {
         "rows.jsonl holds no examples",
     ),
     "long prompt": (
-        lambda c, d, t: c.evaluation.update(max_prompt_tokens=5),
+        lambda c, d, t: c.evaluation.update(every=1, max_prompt_tokens=5),
         "the prompt has .* tokens, the limit is 5",
     ),
     "long sample": (lambda c, d, t: c.data.update(row_tokens=16), "but a row has 16"),

@@ -28,7 +28,8 @@ WEIGHTS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
 
 
 def model(mesh):
-    rules = {"batch": ("data", "fsdp"), "kv_heads": ("tensor",)}
+    heads = ("tensor",)
+    rules = {"batch": ("data", "fsdp"), "heads": heads, "kv_heads": heads}
     config = MeshConfig(data=1, fsdp=mesh[0], tensor=mesh[1], rules=rules)
     layout = Layout(make_mesh(config, jax.devices()[: mesh[0] * mesh[1]]), rules)
     return roofline.Model(CONFIG, layout, itemsize=2, remat="full")
