@@ -77,6 +77,7 @@ start() {
     refuse_if_running
     mkdir "$dir"
     echo "$key" >"$dir/key"
+    touch "$dir/log" # Or `status` could look before the command has opened it.
     exec 9>"$dir/lock" # The command inherits it, locked.
     flock 9
     # Of a session of its own: it outlives the connection, and can be stopped as a whole.
@@ -99,14 +100,18 @@ train() {
   tpu_flags
   export JAX_COMPILATION_CACHE_DIR=$cache PYTHONUNBUFFERED=1
   .venv/bin/python -m "klear_jax.$1" "${@:2}" || code=$?
-  echo "$code" >"$dir/exit.part"
-  mv --no-clobber "$dir/exit.part" "$dir/exit" # Unless it was stopped, which was said before.
+  note_exit "$dir" "$code"
+}
+
+note_exit() { # DIR CODE: whole when it is seen, and never over what was noted before.
+  echo "$2" >"$1/exit.$2"
+  ln "$1/exit.$2" "$1/exit" 2>/dev/null || true
 }
 
 stop() {
   alone
   # Said first, or whoever looks now would find it lost, and start it again.
-  [ ! -e "$run" ] || [ -e "$run/exit" ] || echo stopped >"$run/exit"
+  [ ! -e "$run" ] || note_exit "$run" stopped
   end_processes
   status
 }
