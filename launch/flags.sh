@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # The one place for the flags of XLA and libtpu, sourced on the machines that train.
 #
-# jax 0.10.2 and libtpu 0.0.42 know all of them. Both end a process that is given a flag they
-# do not know, so compile something with a new one before it goes in here. Flags that the
-# caller has set come last, and win.
+# jax 0.10.2 with libtpu 0.0.42, and 0.12.0 with 0.0.50, know all of them. Both end a process
+# that is given a flag they do not know, so compile something with a new one before it goes in
+# here. Flags that the caller has set come last, and win.
 
 # Not here, because libtpu does it by itself (said explicitly, it compiles the same program):
 # the latency hiding scheduler, async collective fusion and its overlap with compute, and,
