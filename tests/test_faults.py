@@ -85,8 +85,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, tmp_path):
 
 def test_out_of_memory_is_said(folder, tmp_path):
     workdir = tmp_path / "run"
-    # 275 GB a matrix; at 2**31, which is no int32, XLA of jax 0.12 divides by zero.
-    process = start(folder, workdir, "c.model.mlp_width = 2**30")
+    # 128 GiB a matrix, which no machine gives it, whatever it has.
+    process = start(
+        folder,
+        workdir,
+        "c.model.mlp_width = 2**29",
+        within=["prlimit", f"--as={64 * 2**30}"],
+    )
     assert process.wait(300) == 1
     assert "error: out of memory; python -m klear_jax.plan shows" in log_of(workdir)
 

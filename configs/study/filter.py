@@ -2,9 +2,9 @@
 
 Their advantages are 0, so that the policy loss learns nothing from them. Kept, they still have
 three effects: the other groups' share of an update is smaller, for the mean is over all tokens; there
-are always 8 updates a batch, where the filter leaves 5.7 in the mean; and of groups that are all right the LM
-loss learns, but for alpha 0. With mini-batches of 6 prompts there are 6 updates, about as many as the
-filter leaves.
+are always 8 updates a batch, where the filter leaves 5.7 in the mean; and of groups that are all right
+the LM loss learns, but for alpha 0. With mini-batches of 6 prompts there are 6 updates, about as many
+as the filter leaves.
 """
 
 from configs.study import setting
